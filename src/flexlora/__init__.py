@@ -1,0 +1,1 @@
+"""Federated LoRA fine-tuning at the rank each client can afford."""

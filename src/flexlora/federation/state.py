@@ -1,0 +1,180 @@
+"""The values that pass between server, clients and methods. Everything here is frozen data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from flexlora.adapter import Adapter, LoraSpec
+from flexlora.lowrank import LowRank
+
+Train = Literal["AB", "A", "B"]
+Term = LowRank | Tensor
+"""A frozen addition to a base weight: a product, or dense `(d_out, d_in)` where that is smaller."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """One participant: what it trains and how much it has; its text stays behind its id.
+
+    Attributes:
+        id: unique in the federation; updates are sorted by it.
+        lora: rank and scaling per module.
+        num_examples: training examples, its weight in averages.
+        task: what its data is, for people.
+        category: group of tasks, for reports and splits.
+    """
+
+    id: str
+    lora: LoraSpec
+    num_examples: int
+    task: str = ""
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything that passes from one round to the next, and so everything in a checkpoint.
+
+    The effective model is `W0 + patch + G`.
+
+    Attributes:
+        round: the last finished round; 0 before the first.
+        base: fingerprint of the frozen base model.
+        G: the global trainable part at the largest rank, scaling 1, components in the order in which
+            clients take them (a client at rank r gets the first r). Product methods hold `(U S, Vh)`.
+        patch: what was merged into the base so far, per module; empty for most methods.
+        aux: whatever else a method must remember, as flat tensors.
+    """
+
+    round: int
+    base: str
+    G: Adapter
+    patch: Mapping[str, Term] = field(default_factory=dict)
+    aux: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """A local loss term a method asks for, by name, with its coefficient (engines know the terms)."""
+
+    name: Literal["prox", "tail"]
+    coefficient: float
+    gamma: float = 1.0
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What a client is sent: self-contained, so that a fresh process can act on it.
+
+    Attributes:
+        client: id of the receiver.
+        round: the round it is to train in, from 1.
+        base: fingerprint of the base model it must be applied to.
+        adapter: where its training starts, at its own rank and scaling.
+        frozen: terms added to the base and not trained (patches, folds).
+        train: which factors move.
+        penalty: an extra term of the local loss, or None.
+    """
+
+    client: str
+    round: int
+    base: str
+    adapter: Adapter
+    frozen: Mapping[str, tuple[Term, ...]] = field(default_factory=dict)
+    train: Train = "AB"
+    penalty: Penalty | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client returns.
+
+    Attributes:
+        client: its id.
+        round: the round it was trained in.
+        base: as in the payload it answers.
+        adapter: the trained factors with their scaling (only the trained ones need to be moved).
+        num_examples: training examples behind it.
+        metrics: numbers for people: loss, tokens, steps, seconds.
+    """
+
+    client: str
+    round: int
+    base: str
+    adapter: Adapter
+    num_examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Updates(Protocol):
+    """A round's admitted updates as methods read them: re-iterable, sorted by client id.
+
+    Read one module at a time, so that memory does not grow with modules x clients.
+    """
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Ids, ascending."""
+
+    @property
+    def num_examples(self) -> tuple[int, ...]:
+        """In the order of `clients`."""
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """`p_k = n_k / sum n_j` over the admitted updates, in the order of `clients`."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Module paths, in the model's order."""
+
+    def module(self, name: str) -> list[LowRank]:
+        """Every client's product at one module, in the order of `clients`."""
+
+    def __len__(self) -> int:
+        """Number of admitted updates."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A federated algorithm: a few pure functions and what is true of them.
+
+    Attributes:
+        name: as users write it.
+        downlink: `(state, client) -> Payload`.
+        aggregate: `(state, updates) -> ServerState`; advances `round`, never called with nobody.
+        view: `(state, client or None) -> Adapter`: the model that is evaluated, without the patch;
+            None means the whole global model, a client means what it would be handed.
+        mixed_ranks: whether clients may differ in rank; engines refuse a mixed federation if not.
+        exact: whether the new effective weight equals `sum p_k D_k` before any truncation.
+        linear: whether aggregate(sum) = sum(aggregate), so that a secure sum can serve it.
+        stateless: whether clients keep nothing between rounds (needed in cross-device settings).
+        trains: for people: what a client trains.
+        citation: author, title, arXiv id.
+    """
+
+    name: str
+    downlink: Callable[[ServerState, Client], Payload]
+    aggregate: Callable[[ServerState, Updates], ServerState]
+    view: Callable[[ServerState, Client | None], Adapter]
+    mixed_ranks: bool
+    exact: bool = False
+    linear: bool = False
+    stateless: bool = True
+    trains: str = "A, B"
+    citation: str = ""
+
+
+def ranks_of(adapter: Adapter) -> dict[str, int]:
+    """Module -> rank really held, for records and run-time checks."""
+    return {m: d.rank for m, d in adapter.items()}
+
+
+def iterate(updates: Updates) -> Iterator[tuple[str, list[LowRank]]]:
+    """`(module, every client's product)` for each module in turn."""
+    for name in updates.modules:
+        yield name, updates.module(name)

@@ -1,0 +1,6 @@
+"""Linear algebra on products of factors; knows nothing of clients."""
+
+from flexlora.lowrank.decompose import complete_rows, svd
+from flexlora.lowrank.product import LowRank, Split, hand_out, inner, norm, stack
+
+__all__ = ["LowRank", "Split", "complete_rows", "hand_out", "inner", "norm", "stack", "svd"]
