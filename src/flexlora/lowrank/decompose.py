@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flexlora.lowrank.product import LowRank
+from flexlora.lowrank.product import LowRank, stack
 
 
 def svd(product: LowRank, rank: int, seed: int = 0) -> LowRank:
@@ -45,7 +47,8 @@ def svd(product: LowRank, rank: int, seed: int = 0) -> LowRank:
     else:
         U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
     U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
-    found = int((S > S[0] * max(d_out, d_in) * torch.finfo(dtype).eps).sum()) if S[0] > 0 else 0
+    rounding = S[0] * max(d_out, d_in) * torch.finfo(dtype).eps
+    found = int(S.gt(rounding).sum())
     if found < rank:
         Vh = complete_rows(Vh[:found], rank, seed)
         U, S = (
@@ -53,6 +56,13 @@ def svd(product: LowRank, rank: int, seed: int = 0) -> LowRank:
             torch.nn.functional.pad(S[:found], (0, rank - found)),
         )
     return LowRank(U * S, Vh)
+
+
+def svd_sum(
+    terms: Sequence[LowRank], weights: Sequence[float], rank: int, seed: int = 0
+) -> LowRank:
+    """The best rank-`rank` approximation of `sum_k w_k D_k`, in SVD form: see :func:`svd`."""
+    return svd(stack(terms, weights), rank, seed)
 
 
 def complete_rows(
