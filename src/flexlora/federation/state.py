@@ -9,9 +9,11 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from flexlora.adapter import Adapter, LoraSpec
-from flexlora.lowrank import LowRank
+from flexlora.lowrank import LowRank, Mask
 
-Train = Literal["AB", "A", "B"]
+Factors = Literal["AB", "A", "B", ""]
+Wire = Literal["float32", "bfloat16", "float16"]
+Optimizer = Literal["adamw", "sgd"]
 Term = LowRank | Tensor
 """A frozen addition to a base weight: a product, or dense `(d_out, d_in)` where that is smaller."""
 
@@ -44,10 +46,12 @@ class ServerState:
     Attributes:
         round: the last finished round; 0 before the first.
         base: fingerprint of the frozen base model.
-        G: the global trainable part at the largest rank, scaling 1, components in the order in which
-            clients take them (a client at rank r gets the first r). Product methods hold `(U S, Vh)`.
+        G: the global trainable part at the largest rank, scaling 1, components in the order in
+            which clients take them: the first r at rank r. Product methods hold `(U S, Vh)`.
         patch: what was merged into the base so far, per module; empty for most methods.
         aux: whatever else a method must remember, as flat tensors.
+        seed: of the run; what a method draws is a function of it, the round and the module.
+        wire: precision at which payloads travel. A method that subtracts what it sent needs it.
     """
 
     round: int
@@ -55,11 +59,13 @@ class ServerState:
     G: Adapter
     patch: Mapping[str, Term] = field(default_factory=dict)
     aux: Mapping[str, Tensor] = field(default_factory=dict)
+    seed: int = 0
+    wire: Wire = "float32"
 
 
 @dataclass(frozen=True)
 class Penalty:
-    """A local loss term a method asks for, by name, with its coefficient (engines know the terms)."""
+    """A local loss term a method asks for, by name, with its coefficient: training/penalties.py."""
 
     name: Literal["prox", "tail"]
     coefficient: float
@@ -77,6 +83,12 @@ class Payload:
         adapter: where its training starts, at its own rank and scaling.
         frozen: terms added to the base and not trained (patches, folds).
         train: which factors move.
+        keep: factors that stay at the client: it starts from those it last had (the payload's, if
+            none) and does not upload them. Never set for a `stateless` method.
+        known: factors that need not travel, because a receiver can make them: `A` as drawn from the
+            run's seed, `B` zero or its own. The adapter here is complete all the same.
+        mask: where set, training is sparse: `adapter[m].B (count, 1)` holds the values added to the
+            base weight at `mask[m].positions()`, `A` is a one that is not trained.
         penalty: an extra term of the local loss, or None.
     """
 
@@ -85,7 +97,10 @@ class Payload:
     base: str
     adapter: Adapter
     frozen: Mapping[str, tuple[Term, ...]] = field(default_factory=dict)
-    train: Train = "AB"
+    train: Factors = "AB"
+    keep: Factors = ""
+    known: Factors = ""
+    mask: Mapping[str, Mask] = field(default_factory=dict)
     penalty: Penalty | None = None
 
 
@@ -97,7 +112,8 @@ class Update:
         client: its id.
         round: the round it was trained in.
         base: as in the payload it answers.
-        adapter: the trained factors with their scaling (only the trained ones need to be moved).
+        adapter: the client's factors with their scaling. Those that were not trained, or that the
+            client keeps, are the payload's: they do not travel.
         num_examples: training examples behind it.
         metrics: numbers for people: loss, tokens, steps, seconds.
     """
@@ -153,8 +169,12 @@ class Method:
         exact: whether the new effective weight equals `sum p_k D_k` before any truncation.
         linear: whether aggregate(sum) = sum(aggregate), so that a secure sum can serve it.
         stateless: whether clients keep nothing between rounds (needed in cross-device settings).
+        optimizer: the local optimiser of its paper, used where the training settings name none.
         trains: for people: what a client trains.
+        up: for people: floats a client uploads per module, in `r` (its rank), `d_out`, `d_in`.
+        down: for people: floats a client downloads per module.
         citation: author, title, arXiv id.
+        start: the state before round 1, from one that holds the initial adapter or a warm start.
     """
 
     name: str
@@ -165,8 +185,12 @@ class Method:
     exact: bool = False
     linear: bool = False
     stateless: bool = True
+    optimizer: Optimizer | None = None
     trains: str = "A, B"
+    up: str = "r (d_out + d_in)"
+    down: str = "r (d_out + d_in)"
     citation: str = ""
+    start: Callable[[ServerState], ServerState] = lambda state: state
 
 
 def ranks_of(adapter: Adapter) -> dict[str, int]:
