@@ -76,7 +76,7 @@ class Spool:
         adapter, file = None, None
         if self.bytes_in_memory + size <= self.budget_bytes:
             self.bytes_in_memory += size
-            # Own memory: an engine's factors may be views of a bank that the next client overwrites.
+            # Own memory: an engine may hand in views of a bank that it will overwrite.
             adapter = {m: d.to(device="cpu").clone() for m, d in update.adapter.items()}
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
