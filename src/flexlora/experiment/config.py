@@ -14,6 +14,7 @@ Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Ranks = Positive | dict[str, Positive]
 Auto = Literal["auto"]
 Metric = Literal["loss", "rouge_l", "exact_match", "score", "rouge_l_teacher_forced"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
@@ -79,14 +80,13 @@ class Data(Open):
 class Lora(Section):
     """What each client trains, in PEFT's words."""
 
-    r: Positive | str | dict[str | int, float] | tuple[int, ...] = 8
-    """One rank for everybody, a named distribution (`heavy-tail-light`), a mixture of ranks
-    (`{8: 0.8, 32: 0.2}`), or a list of ranks, one per client in the order of their ids."""
-    types: tuple[Positive | dict[str, Positive], ...] | None = None
-    """The four LoRA types, smallest first, that a named distribution hands out; each a rank or
-    module pattern -> rank. Default, the paper's: 8, 30, 30 attention and 200 feed-forward, 200."""
-    ranks: dict[str, Positive | dict[str, Positive]] = {}
-    """Client id -> its rank (or module pattern -> rank): set by hand, over what `r` gives it."""
+    r: Positive | str | dict[str | int, int | float | dict[str, Positive]] | tuple[Ranks, ...] = 8
+    """Who gets which rank: one number for everybody; a distribution by name (`heavy-tail-light`)
+    over `types`; a mixture with its shares (`{8: 0.8, 32: 0.2}`); a list, one entry per client in
+    the order of their ids; `{client id: rank}`; or `{module pattern: rank}`."""
+    types: tuple[Ranks, ...] | None = None
+    """What a named distribution hands out, small to large; each a rank, or module pattern -> rank.
+    Default: the paper's four, 8, 30, 30 attention and 200 feed-forward, 200."""
     lora_alpha: AboveZero = 16.0
     """LoRA's alpha."""
     alpha_rule: Literal["fixed", "proportional", "rslora"] = "fixed"
@@ -112,8 +112,9 @@ class MethodSection(Open):
 class Training(Section):
     """One client's local round, in Hugging Face's words."""
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Its state is reset every round: after an SVD the moments refer to another basis."""
+    optimizer: Literal["adamw", "sgd"] | None = None
+    """Default: that of the method's paper, otherwise AdamW. Its state is reset every round: after an
+    SVD the moments refer to another basis."""
     learning_rate: AboveZero = 1e-3
     """At the start of round 1, after warm-up."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
@@ -159,9 +160,11 @@ class Federation(Section):
     rounds: Positive = 50
     """Server rounds; with early stopping, at most."""
     clients_per_round: Positive | Fraction | None = None
-    """A number, or a fraction below 1. Default: the paper's 0.05 (cross-device), all (cross-silo)."""
+    """A number, or a fraction below 1. Default: the paper's 0.05 cross-device, all cross-silo."""
     drop_out: Fraction = 0.0
     """Probability that a sampled client does not answer; cross-device only."""
+    wire: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision at which adapters travel."""
     seed: int = 0
     """Every random choice is a function of it, the round, the client and the purpose."""
 
