@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Callable, Mapping
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from flexlora.federation.state import Method
 from flexlora.methods.fedavg import fedavg, fedit
@@ -33,12 +33,15 @@ def make(name: str, **settings: object) -> Method:
     """
     if name not in methods:
         raise ValueError(f"unknown method {name!r}; {_nearest(name, methods)}")
-    known = inspect.signature(methods[name]).parameters
-    for setting in settings:
+    known = get_type_hints(methods[name])
+    known.pop("return", None)
+    for setting, value in settings.items():
         if setting not in known:
-            raise ValueError(
-                f"method {name!r} has no setting {setting!r}; {_nearest(setting, known)}"
-            )
+            nearest = _nearest(setting, known)
+            raise ValueError(f"method {name!r} has no setting {setting!r}; {nearest}")
+        choices = get_args(known[setting]) if get_origin(known[setting]) is Literal else ()
+        if choices and value not in choices:
+            raise ValueError(f"method {name!r}: {setting} is {value!r}; expected one of {choices}.")
     return methods[name](**settings)
 
 

@@ -25,8 +25,8 @@ def head(G: Adapter, lora: LoraSpec, split: Split = "B") -> dict[str, LowRank]:
         rank = lora.rank(module)
         if rank > g.rank:
             raise ValueError(
-                f"rank {rank} at module {module!r}: the server holds {g.rank} components. Raise the "
-                "server's rank or lower the client's."
+                f"rank {rank} at module {module!r}: the server holds {g.rank} components; raise "
+                "its rank or lower the client's."
             )
         adapter[module] = hand_out(g, rank, lora.scaling(module), split)
     return adapter

@@ -63,7 +63,7 @@ def mean(module: str, terms: list[LowRank], weights: tuple[float, ...]) -> LowRa
     ranks = sorted({d.rank for d in terms})
     if len(ranks) > 1:
         raise ValueError(
-            f"module {module!r}: the factors of ranks {ranks} have no common mean. Give every client "
-            "one rank, or use a method for mixed ranks such as flexlora."
+            f"module {module!r}: the factors of ranks {ranks} have no common mean. Give every "
+            "client one rank, or use a method for mixed ranks such as flexlora."
         )
     return index_mean(terms, weights)

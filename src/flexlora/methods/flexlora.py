@@ -73,9 +73,9 @@ def flexlora(split: Split = "B", assumed_alpha: float | None = None) -> Method:
 def flexlora_released(assumed_alpha: float = 16.0) -> Method:
     """The arithmetic of the authors' release: every scaling is taken to be `16 / r`.
 
-    The server multiplies a client's product by `16 / r_k` and divides by it on the way down: right at
-    alpha 16 without rsLoRA, off by a factor elsewhere. That the release never applies the ranks is
-    a matter of the experiment's rank plan, not of this rule.
+    The server multiplies a client's product by `16 / r_k` and divides by it on the way down: right
+    at alpha 16 without rsLoRA, off by a factor elsewhere. That the release never applies the ranks
+    is a matter of the experiment's rank plan, not of this rule.
 
     Args:
         assumed_alpha: the constant that stands in the release's code.
