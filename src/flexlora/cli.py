@@ -1,0 +1,186 @@
+"""The command line: verbs only. Everything heavy is imported inside a verb, so that help is quick.
+
+Exit codes: 0 done; 1 a bug; 2 command line or configuration; 3 data; 4 base model or adapter;
+5 run directory or disk; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Federated LoRA fine-tuning of language models, every client at the rank it can afford.",
+    epilog="Any verb takes --debug: show the traceback of an error. Exit codes: 0 done, 1 a bug, "
+    "2 command line or configuration, 3 data, 4 base model or adapter, 5 run directory or disk, "
+    "130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""What a verb does not know is an override of the configuration, `--section.key value`."""
+
+
+class Format(StrEnum):
+    """How results are printed."""
+
+    text = "text"
+    json = "json"
+
+
+Recipe = Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe such as quickstart.")]
+RunDir = Annotated[Path, typer.Argument(help="The directory of a run.", metavar="RUN")]
+As = Annotated[
+    Format, typer.Option("--format", help="json: one object on the last line of stdout.")
+]
+
+
+@app.command(context_settings=OVERRIDES)
+def run(ctx: typer.Context, recipe: Recipe, format: As = Format.text) -> None:
+    """Run a federated fine-tuning. Overrides: --training.learning_rate 5e-5."""
+    from flexlora.experiment.load import load_config
+    from flexlora.experiment.run import start
+
+    summary = start(load_config(recipe, ctx.args), Path(recipe).stem, _console(format))
+    _finish(summary, format)
+
+
+@app.command()
+def resume(folder: RunDir, format: As = Format.text) -> None:
+    """Continue a run that was stopped or killed, exactly where its last checkpoint is."""
+    from flexlora.experiment.run import proceed
+
+    _finish(proceed(folder, _console(format)), format)
+
+
+@app.command(context_settings=OVERRIDES)
+def demo(ctx: typer.Context, format: As = Format.text) -> None:
+    """The quickstart recipe: a 135M model, reasoning tasks, minutes on two CPU cores."""
+    run(ctx, "quickstart", format)
+
+
+@app.command(context_settings=OVERRIDES)
+def plan(ctx: typer.Context, recipe: Recipe, format: As = Format.text) -> None:
+    """What a run will be before it starts: clients, ranks, parameters, memory, bytes, time."""
+    from flexlora.experiment.load import load_config
+    from flexlora.experiment.plan import describe, make_plan
+
+    found = make_plan(load_config(recipe, ctx.args))
+    _print(found, format, describe)
+
+
+@app.command(context_settings=OVERRIDES)
+def validate(ctx: typer.Context, recipe: Recipe, format: As = Format.text) -> None:
+    """Check a configuration and its data, and print the leakage between seen and unseen clients."""
+    from flexlora.experiment.load import load_config
+    from flexlora.experiment.validate import check, describe
+
+    found = check(load_config(recipe, ctx.args))
+    _print(found, format, describe)
+
+
+@app.command()
+def evaluate(
+    folder: RunDir,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A PEFT folder instead of the run's own adapter.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, eval or test.")] = "test",
+    format: As = Format.text,
+) -> None:
+    """Measure a run's adapter, or any other, on the run's seen and unseen clients."""
+    from flexlora.experiment.evaluation import describe, evaluate_run
+
+    _print(evaluate_run(folder, adapter, split, _console(format)), format, describe)
+
+
+@app.command()
+def export(
+    folder: RunDir,
+    to: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", metavar="TO")],
+    rank: Annotated[int | None, typer.Option(help="Rank of every module.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Smallest rank that keeps this share of every update.")
+    ] = None,
+    client: Annotated[str | None, typer.Option(help="As this client would be handed it.")] = None,
+    merged: Annotated[
+        bool, typer.Option(help="The whole model with the update merged in.")
+    ] = False,
+) -> None:
+    """Write the global adapter as a PEFT folder, at any rank, or merged into the model."""
+    from flexlora.experiment.export import export_run
+
+    print(export_run(folder, to, rank, energy, client, merged))
+
+
+@app.command()
+def methods(format: As = Format.text) -> None:
+    """List the methods, data loaders and trackers, with their settings."""
+    from flexlora.experiment.catalogue import catalogue, describe
+
+    _print(catalogue(), format, describe)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the configuration."""
+    from flexlora.experiment.config import Config
+
+    print(json.dumps(Config.model_json_schema(), indent=2))
+
+
+def _console(format: Format) -> Any:
+    """Where people read: stdout, or stderr when a program reads stdout."""
+    from flexlora.experiment.console import Console
+
+    return Console(sys.stderr if format is Format.json else sys.stdout)
+
+
+def _finish(summary: dict[str, Any], format: Format) -> None:
+    if format is Format.json:
+        print(json.dumps(summary))
+
+
+def _print(found: Any, format: Format, describe: Any) -> None:
+    print(json.dumps(found) if format is Format.json else describe(found))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: errors become one message and an exit code; `--debug` shows the traceback."""
+    import click
+
+    from flexlora.experiment.errors import INTERRUPTED, USAGE, Failure
+
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        app([w for w in words if w != "--debug"], prog_name="flexlora", standalone_mode=False)
+    except click.ClickException as error:
+        _stop(error.format_message() or "see flexlora --help", USAGE, debug)
+    except Failure as error:
+        _stop(str(error), error.code, debug)
+    except (KeyboardInterrupt, click.Abort):
+        _stop("interrupted; flexlora resume RUN goes on from the last checkpoint", INTERRUPTED)
+    except Exception as error:
+        advice = (
+            "This is a bug in flexlora; please report it with the traceback that --debug shows."
+        )
+        _stop(f"{type(error).__name__}: {error}\n{advice}", 1, debug)
+
+
+def _stop(message: str, code: int, debug: bool = False) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
