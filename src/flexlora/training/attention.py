@@ -1,0 +1,154 @@
+"""Attention within each of many sequences laid end to end: no padding anywhere else in the model.
+
+A flat batch is one row `(1, T)` that holds the examples of all clients, positions restarted per
+example. Linear layers, norms and the head see `T` real tokens. Only here are examples taken apart:
+they are sorted into buckets of similar length, padded on the right to the longest of their bucket,
+and given to `scaled_dot_product_attention` with `is_causal`. A query never sees what stands to its
+right, so the padding needs no mask and changes nothing.
+
+Transformers' attention interface hands extra keyword arguments down to the attention function, so
+the layout travels with the call (`segments=`) and nothing is kept between calls. Without it the
+function is transformers' own `sdpa`, which generation uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "flexlora"
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """How a flat row is cut into examples, bucketed for attention.
+
+    Attributes:
+        gather: per bucket `(examples, longest)`: position in the flat row of each padded slot
+            (padding points at position 0).
+        scatter: `(T,)`: where in the concatenated, flattened buckets each token's result stands.
+        padded: slots in all buckets together, padding included.
+    """
+
+    gather: tuple[Int[Tensor, "examples longest"], ...]
+    scatter: Int[Tensor, " tokens"]
+    padded: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Segments:
+        """Cut a row into examples of these lengths, bucketed so that padding stays below a quarter.
+
+        >>> s = Segments.of([5, 2, 6, 2])
+        >>> [tuple(g.shape) for g in s.gather], s.padded
+        ([(2, 6), (2, 2)], 16)
+        """
+        starts = [0]
+        for n in lengths:
+            starts.append(starts[-1] + n)
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+        gather, scatter, offset = [], torch.empty(starts[-1], dtype=torch.long), 0
+        while order:  # the longest example left, and all within three quarters of it
+            longest = lengths[order[-1]]
+            first = next(j for j, i in enumerate(order) if lengths[i] >= 0.75 * longest)
+            bucket, order = order[first:], order[:first]
+            index = torch.zeros(len(bucket), longest, dtype=torch.long)
+            for row, i in enumerate(bucket):
+                index[row, : lengths[i]] = torch.arange(starts[i], starts[i] + lengths[i])
+                at = offset + row * longest
+                scatter[starts[i] : starts[i + 1]] = torch.arange(at, at + lengths[i])
+            gather.append(index.to(device))
+            offset += index.numel()
+        return cls(tuple(gather), scatter.to(device), offset)
+
+
+def attend(
+    module: nn.Module,
+    query: Float[Tensor, "1 heads tokens dim"],
+    key: Float[Tensor, "1 kv_heads tokens dim"],
+    value: Float[Tensor, "1 kv_heads tokens dim"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segments: Segments | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each segment; transformers' `sdpa` when there are none.
+
+    Raises:
+        NotImplementedError: a feature the flat path lacks (attention soft-capping, sinks).
+    """
+    if segments is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **options
+        )
+    for feature in ("softcap", "s_aux", "position_bias"):
+        if options.get(feature) is not None:
+            raise NotImplementedError(f"flat attention has no {feature}")
+    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    window, results = options.get("sliding_window"), []
+    for index in segments.gather:
+        length = index.shape[1]
+        mask = None
+        if window is not None and length > window:
+            position = torch.arange(length, device=q.device)
+            distance = position[:, None] - position[None, :]
+            mask = (distance >= 0) & (distance < window)
+        out = scaled_dot_product_attention(
+            q[index].transpose(1, 2),
+            k[index].transpose(1, 2),
+            v[index].transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        results.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(results)[segments.scatter][None], None
+
+
+def enable(model: PreTrainedModel) -> bool:
+    """Route a model's attention through :func:`attend`, and say whether flat batches work on it.
+
+    Decided by trying: two short sequences laid end to end must give the logits they give alone.
+    """
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    device = next(model.parameters()).device
+    ids = torch.tensor([[1, 2, 3, 4, 5]], device=device) % model.config.get_text_config().vocab_size
+    try:
+        with torch.no_grad():
+            flat = model(**flat_inputs(ids[0], [3, 2], device), use_cache=False).logits[0]
+            alone = [model(x, use_cache=False).logits[0] for x in (ids[:, :3], ids[:, 3:])]
+    except (NotImplementedError, TypeError, RuntimeError, ValueError):
+        works = False
+    else:
+        error = (flat - torch.cat(alone)).float().norm() / flat.float().norm()
+        works = bool(error < (1e-4 if flat.dtype in (torch.float32, torch.float64) else 5e-2))
+    if not works:
+        model.set_attn_implementation(before)
+    return works
+
+
+def flat_inputs(
+    ids: Int[Tensor, " tokens"], lengths: Sequence[int], device: torch.device | str
+) -> dict[str, Any]:
+    """Keyword arguments of a causal model for examples laid end to end."""
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return {
+        "input_ids": ids[None].to(device),
+        "position_ids": positions[None].to(device),
+        # Four dimensions tell transformers that masking is taken care of; its content is unused.
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+        "segments": Segments.of(lengths, device),
+    }
