@@ -116,6 +116,7 @@ class Update:
             client keeps, are the payload's: they do not travel.
         num_examples: training examples behind it.
         metrics: numbers for people: loss, tokens, steps, seconds.
+        reduced: declares a rank below what was sent (a memory fallback); refused unless allowed.
     """
 
     client: str
@@ -124,6 +125,7 @@ class Update:
     adapter: Adapter
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    reduced: bool = False
 
 
 class Updates(Protocol):
@@ -169,6 +171,7 @@ class Method:
         exact: whether the new effective weight equals `sum p_k D_k` before any truncation.
         linear: whether aggregate(sum) = sum(aggregate), so that a secure sum can serve it.
         stateless: whether clients keep nothing between rounds (needed in cross-device settings).
+        prunes: whether a payload may hold a lower rank than its client's `LoraSpec` names.
         optimizer: the local optimiser of its paper, used where the training settings name none.
         trains: for people: what a client trains.
         up: for people: floats a client uploads per module, in `r` (its rank), `d_out`, `d_in`.
@@ -185,6 +188,7 @@ class Method:
     exact: bool = False
     linear: bool = False
     stateless: bool = True
+    prunes: bool = False
     optimizer: Optimizer | None = None
     trains: str = "A, B"
     up: str = "r (d_out + d_in)"
