@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from bank_cases import TARGETS, base_of, trained_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from flexlora.adapter import LoraSpec, initial_adapter, select
+from flexlora.adapter import LoraSpec
 from flexlora.data.templates import Tokens
 from flexlora.federation.state import Client, Payload
 from flexlora.lowrank import LowRank
@@ -21,26 +22,6 @@ from flexlora.training.bank import Bank, GroupedLora
 from flexlora.training.batch import collate
 from flexlora.training.client import Job, LocalTraining, train
 from flexlora.training.models import Base, as_base
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def base_of(dtype: torch.dtype = torch.float64) -> Base:
-    return as_base(tiny.model(dtype=dtype), tiny.tokenizer(), "tiny")
-
-
-def trained_adapter(base: Base, spec: LoraSpec, seed: int = 0) -> dict[str, LowRank]:
-    """Factors as after some training: B is not zero."""
-    modules = select(base.shapes, TARGETS)
-    shapes = {m: base.shapes[m] for m in modules}
-    generator = torch.Generator().manual_seed(seed)
-    start = initial_adapter(shapes, {m: spec.rank(m) for m in modules}, seed)
-    return {
-        m: LowRank(0.02 * torch.randn(d.B.shape, generator=generator), d.A, spec.scaling(m)).to(
-            base.dtype
-        )
-        for m, d in start.items()
-    }
 
 
 def examples(count: int, seed: int) -> list[Tokens]:
@@ -278,8 +259,8 @@ def test_wrong_base_and_empty_client_are_refused() -> None:
     other = replace(one, payload=replace(one.payload, base="0" * 16))
     with pytest.raises(ValueError, match="made for base"):
         list(train(base, [other], LocalTraining(), seed=0))
-    with pytest.raises(ValueError, match="'a'.*no training examples"):
-        list(train(base, [replace(one, load=lambda: [])], LocalTraining(), seed=0))
+    with pytest.raises(ValueError, match=r"'a'.*no training examples"):
+        list(train(base, [replace(one, load=list)], LocalTraining(), seed=0))
 
 
 def test_only_the_asked_factor_moves() -> None:

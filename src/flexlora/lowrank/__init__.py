@@ -1,18 +1,51 @@
 """Linear algebra on products of factors; knows nothing of clients."""
 
-from flexlora.lowrank.decompose import complete_rows, svd, svd_sum
+from flexlora.lowrank.cost import Path, choose, cost
+from flexlora.lowrank.decompose import (
+    Decomposition,
+    Options,
+    Quality,
+    complete_rows,
+    decompose,
+    decompose_modules,
+    svd,
+    svd_sum,
+)
 from flexlora.lowrank.mask import Mask
-from flexlora.lowrank.product import LowRank, Split, hand_out, index_mean, inner, norm, owned, stack
+from flexlora.lowrank.product import (
+    LowRank,
+    Split,
+    difference,
+    hand_out,
+    index_mean,
+    inner,
+    merge,
+    norm,
+    norm_weights,
+    owned,
+    stack,
+)
 
 __all__ = [
+    "Decomposition",
     "LowRank",
     "Mask",
+    "Options",
+    "Path",
+    "Quality",
     "Split",
+    "choose",
     "complete_rows",
+    "cost",
+    "decompose",
+    "decompose_modules",
+    "difference",
     "hand_out",
     "index_mean",
     "inner",
+    "merge",
     "norm",
+    "norm_weights",
     "owned",
     "stack",
     "svd",

@@ -150,7 +150,8 @@ class Bank:
     ) -> Bank:
         """A bank with one slot per adapter, loaded: for evaluation."""
         shapes = {m: d.shape for adapter in adapters for m, d in adapter.items()}
-        ranks = {m: max(a[m].rank for a in adapters if m in a) for m in shapes}
+        shapes |= {m: _shape(t[0]) for terms in frozen or () for m, t in terms.items()}
+        ranks = {m: max((a[m].rank for a in adapters if m in a), default=0) for m in shapes}
         bank = cls(model, shapes, ranks, len(adapters))
         for slot, adapter in enumerate(adapters):
             bank.load(slot, adapter, frozen[slot] if frozen else {})
@@ -249,6 +250,10 @@ class Bank:
             else:
                 joined.append((terms, start, end))
         return [j for j in joined if j[0]]
+
+
+def _shape(term: Term) -> tuple[int, int]:
+    return (int(term.shape[0]), int(term.shape[1]))
 
 
 def _on(device: torch.device, term: Term) -> Term:

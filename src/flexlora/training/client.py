@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -22,6 +22,7 @@ from flexlora.federation.state import Client, Payload, Update
 from flexlora.training.bank import Bank
 from flexlora.training.batch import Item, chunks, collate
 from flexlora.training.dropout import Dropout
+from flexlora.training.memory import group_size, token_budget
 from flexlora.training.models import Base
 from flexlora.training.optim import Moments, Rule, clip_, step_
 
@@ -42,8 +43,8 @@ class LocalTraining:
         max_steps: optimiser steps per round; -1: `num_train_epochs` over the client's examples.
         max_grad_norm: per client; 0: no clipping.
         lora_dropout: on the adapters' input, by hashed masks (see `dropout`).
-        group_size: clients on the base at once.
-        tokens_per_forward: bound on activation memory.
+        group_size: clients on the base at once; `auto`: from memory, see :mod:`.memory`.
+        tokens_per_forward: bound on activation memory; `auto` likewise.
     """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -61,8 +62,8 @@ class LocalTraining:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     lora_dropout: float = 0.0
-    group_size: int = 16
-    tokens_per_forward: int = 2048
+    group_size: int | Literal["auto"] = "auto"
+    tokens_per_forward: int | Literal["auto"] = "auto"
 
     @property
     def batch_size(self) -> int:
@@ -151,11 +152,13 @@ def train(
     """
     waiting = list(jobs)
     total = len(waiting)
-    slots = min(training.group_size, total)
-    if not slots:
+    if not total:
         return
-    bank = bank_for(base, [job.payload for job in waiting], slots)
-    params = bank.parameters(waiting[0].payload.train)
+    payloads = [job.payload for job in waiting]
+    slots = group_size(training.group_size, base, payloads)
+    training = replace(training, tokens_per_forward=token_budget(training.tokens_per_forward, base))
+    bank = bank_for(base, payloads, slots)
+    params = bank.parameters(payloads[0].train)
     for p in params:
         p.requires_grad_(True)
     moments = Moments.zeros(params, training.rule)
@@ -249,7 +252,7 @@ def _group_step(
     for slot, t in items:
         labels[slot] += len(t.ids) - max(t.labels_from, 1)
     total, losses = 0, torch.zeros_like(labels, dtype=params[0].dtype)
-    for first, chunk in _numbered(chunks(items, training.tokens_per_forward)):
+    for first, chunk in _numbered(chunks(items, int(training.tokens_per_forward))):
         batch = collate(base, chunk)
         dropout = None
         if training.lora_dropout:

@@ -1,0 +1,112 @@
+"""The default engine: all clients of a round on one base model in this process; no server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from flexlora.adapter import Adapter
+from flexlora.data.task import Example, Population, Split
+from flexlora.data.templates import AnswerTooLong, Template, Tokens, encode
+from flexlora.federation.state import Client, Payload, Term, Update
+from flexlora.training import evaluate as scoring
+from flexlora.training.client import Job, LocalTraining, Progress, train
+from flexlora.training.evaluate import Exam, Metric, Scores
+from flexlora.training.memory import token_budget
+from flexlora.training.models import Base
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How text becomes tokens."""
+
+    template: Template = "chat"
+    max_length: int = 512
+    train_on_prompt: bool = False
+    system: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """Trains and evaluates clients where they are asked for.
+
+    Attributes:
+        base: the frozen model they share.
+        population: their text, seen and unseen.
+        training: local settings.
+        seed: of the run.
+        prompting: template and length.
+        on_step: called after each step of a group, for progress.
+    """
+
+    base: Base
+    population: Population
+    training: LocalTraining = field(default_factory=LocalTraining)
+    seed: int = 0
+    prompting: Prompting = field(default_factory=Prompting)
+    on_step: Callable[[Progress], None] | None = None
+
+    def train(self, payloads: Sequence[Payload], clients: Mapping[str, Client]) -> Iterator[Update]:
+        """Every client's local round, `group_size` at a time; updates as they are ready."""
+        jobs = [
+            Job(clients[p.client], p, partial(self.training_tokens, p.client)) for p in payloads
+        ]
+        return train(self.base, jobs, self.training, self.seed, self.on_step)
+
+    def training_tokens(self, client: str) -> list[Tokens]:
+        """A client's training examples in token ids, without those whose answer is too long."""
+        return self.encoded(client, "train")[1]
+
+    def encoded(
+        self, client: str, split: Split, limit: int | None = None
+    ) -> tuple[list[Example], list[Tokens]]:
+        """The examples of one split that fit, as text and as token ids.
+
+        Raises:
+            ValueError: none of them fits `max_length`.
+        """
+        p, kept, tokens = self.prompting, list[Example](), list[Tokens]()
+        learn_prompt = p.train_on_prompt and split == "train"
+        examples = self.population[client].load(split)
+        for example in examples:
+            if limit is not None and len(kept) == limit:
+                break
+            try:
+                encoded = encode(
+                    example, self.base.tokenizer, p.template, p.max_length, learn_prompt, p.system
+                )
+            except AnswerTooLong:
+                continue
+            kept.append(example)
+            tokens.append(encoded)
+        if examples and not kept:
+            raise ValueError(
+                f"client {client!r}, split {split!r}: no answer of its {len(examples)} examples "
+                f"fits max_length {p.max_length}. Raise max_length or leave the client out."
+            )
+        return kept, tokens
+
+    def evaluate(
+        self,
+        views: Mapping[str, Adapter],
+        patch: Mapping[str, Term] | None = None,
+        split: Split = "test",
+        metrics: Collection[Metric] = frozenset[Metric]({"loss"}),
+        max_examples: int | None = None,
+        max_generated: int | None = None,
+        max_new_tokens: int = 64,
+    ) -> dict[str, Scores]:
+        """Score clients on one split, each under the view given for it (the base: `{}`).
+
+        Clients that share a view must share the object. `max_examples` and `max_generated` bound
+        the examples per client, the first ones, so that two evaluations see the same.
+        """
+        frozen = {module: (term,) for module, term in (patch or {}).items()}
+        exams = {}
+        for client, adapter in views.items():
+            examples, tokens = self.encoded(client, split, max_examples)
+            score = self.population[client].score
+            exams[client] = Exam(adapter, examples, tokens, frozen, score, max_generated)
+        budget = 2 * token_budget(self.training.tokens_per_forward, self.base)
+        return scoring.evaluate(self.base, exams, metrics, budget, max_new_tokens)

@@ -1,0 +1,283 @@
+"""Scores of many clients in one pass: each example under its own client's adapter.
+
+Answer loss is teacher-forced cross-entropy in nats per answer token. ROUGE-L, exact match and a
+task's own score are of greedily generated text, the prompt not included. The release's ROUGE-L, the
+argmax at every position of prompt and answer with the truth before it, is offered under its own
+name; it is comparable with nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, Literal, cast
+
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+
+from flexlora.adapter import Adapter
+from flexlora.data.task import Example
+from flexlora.data.templates import Tokens
+from flexlora.federation.state import Term
+from flexlora.training.bank import Bank
+from flexlora.training.batch import Item, chunks, collate
+from flexlora.training.models import Base
+
+Metric = Literal["loss", "rouge_l", "exact_match", "score", "rouge_l_teacher_forced"]
+Frozen = Mapping[str, tuple[Term, ...]]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What one client is asked, and the model that answers for it.
+
+    Clients that share a model must share the adapter *object*: each distinct one is held once.
+    """
+
+    adapter: Adapter
+    examples: Sequence[Example]
+    tokens: Sequence[Tokens]
+    frozen: Frozen = field(default_factory=dict)
+    score: Callable[[str, Example], float] | None = None
+    generated: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer beside the reference."""
+
+    example: Example
+    generated: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Results of one client. What was not asked for, or cannot be computed, is absent.
+
+    Attributes:
+        values: metric -> mean over its examples (the loss: over its answer tokens).
+        examples: how many the loss is over.
+        answers: generated text, in the order of the examples.
+    """
+
+    values: Mapping[str, float]
+    examples: int
+    answers: tuple[Answer, ...] = ()
+
+
+def evaluate(
+    base: Base,
+    exams: Mapping[str, Exam],
+    metrics: Collection[Metric],
+    tokens_per_forward: int = 4096,
+    max_new_tokens: int = 64,
+    slots: int = 16,
+) -> dict[str, Scores]:
+    """Score clients, `slots` distinct adapters at a time. Base and adapters stay unchanged.
+
+    Cost: one forward over all examples for the loss, and for generated text one decoding step of a
+    wide batch per token.
+    """
+    results: dict[str, Scores] = {}
+    for group in _by_adapter(exams, slots):
+        distinct = {(id(e.adapter), id(e.frozen)): e for e in group.values()}
+        bank = Bank.holding(
+            base.model,
+            [e.adapter for e in distinct.values()],
+            [e.frozen for e in distinct.values()],
+        )
+        place = {key: slot for slot, key in enumerate(distinct)}
+        slot_of = {c: place[id(e.adapter), id(e.frozen)] for c, e in group.items()}
+        with torch.inference_mode():
+            results |= _score(
+                base, bank, group, slot_of, metrics, tokens_per_forward, max_new_tokens
+            )
+    return {client: results[client] for client in exams}
+
+
+def _by_adapter(exams: Mapping[str, Exam], slots: int) -> Iterable[dict[str, Exam]]:
+    """Groups of clients with at most so many distinct adapters."""
+    by_model: dict[tuple[int, int], dict[str, Exam]] = {}
+    for client, exam in exams.items():
+        by_model.setdefault((id(exam.adapter), id(exam.frozen)), {})[client] = exam
+    models = list(by_model.values())
+    for i in range(0, len(models), slots):
+        yield {c: e for model in models[i : i + slots] for c, e in model.items()}
+
+
+def _score(
+    base: Base,
+    bank: Bank,
+    exams: Mapping[str, Exam],
+    slot_of: Mapping[str, int],
+    metrics: Collection[Metric],
+    budget: int,
+    max_new_tokens: int,
+) -> dict[str, Scores]:
+    values: dict[str, dict[str, float]] = {c: {} for c in exams}
+    answers: dict[str, tuple[Answer, ...]] = dict.fromkeys(exams, ())
+    if "loss" in metrics:
+        sums = answer_losses(base, bank, exams, slot_of, budget)
+        for c, (nll, labels) in sums.items():
+            values[c]["loss"] = nll / labels
+    if "rouge_l_teacher_forced" in metrics:
+        for c, v in teacher_forced(base, bank, exams, slot_of, budget).items():
+            values[c]["rouge_l_teacher_forced"] = v
+    if {"rouge_l", "exact_match", "score"} & set(metrics):
+        texts = generate(base, bank, exams, slot_of, budget, max_new_tokens)
+        for c, exam in exams.items():
+            pairs = list(zip(exam.examples, texts[c], strict=False))
+            answers[c] = tuple(Answer(e, t) for e, t in pairs)
+            values[c] |= text_scores(pairs, metrics, exam.score)
+    return {c: Scores(values[c], len(e.tokens), answers[c]) for c, e in exams.items()}
+
+
+def answer_losses(
+    base: Base, bank: Bank, exams: Mapping[str, Exam], slot_of: Mapping[str, int], budget: int
+) -> dict[str, tuple[float, int]]:
+    """Client -> (sum of cross-entropy in nats, labels)."""
+    owners, items = _items(exams, slot_of)
+    sums = {c: (0.0, 0) for c in exams}
+    done = 0
+    for chunk in chunks(items, budget):
+        batch = collate(base, chunk)
+        with bank.routed(batch.slots, batch.sizes):
+            nll = batch.losses(base)
+        counts = [len(t.ids) - max(t.labels_from, 1) for _, t in chunk]
+        for part in torch.split(nll, counts):
+            total, n = sums[owners[done]]
+            sums[owners[done]] = total + float(part.sum()), n + len(part)
+            done += 1
+    return {c: s for c, s in sums.items() if s[1]}
+
+
+def teacher_forced(
+    base: Base, bank: Bank, exams: Mapping[str, Exam], slot_of: Mapping[str, int], budget: int
+) -> dict[str, float]:
+    """ROUGE-L of the argmax at every position, prompt included: the release's metric."""
+    owners, items = _items(exams, slot_of)
+    whole = [(slot, replace(t, labels_from=0)) for slot, t in items]
+    scores: dict[str, list[float]] = {c: [] for c in exams}
+    done = 0
+    for chunk in chunks(whole, max(1, budget // 4)):
+        batch = collate(base, chunk)
+        with bank.routed(batch.slots, batch.sizes):
+            guesses = batch.logits(base).argmax(-1)
+        counts = [len(t.ids) - 1 for _, t in chunk]
+        pairs = zip(torch.split(guesses, counts), torch.split(batch.labels, counts), strict=True)
+        for guess, truth in pairs:
+            texts = (base.tokenizer.decode(x, skip_special_tokens=True) for x in (truth, guess))
+            scores[owners[done]].append(rouge_l(*texts))
+            done += 1
+    return {c: sum(s) / len(s) for c, s in scores.items() if s}
+
+
+def _items(exams: Mapping[str, Exam], slot_of: Mapping[str, int]) -> tuple[list[str], list[Item]]:
+    """All examples by slot, then length (little padding in attention), with their clients."""
+    rows = [(slot_of[c], len(t.ids), c, t) for c, exam in exams.items() for t in exam.tokens]
+    rows.sort(key=lambda row: row[:2])
+    return [c for *_, c, _ in rows], [(slot, t) for slot, _, _, t in rows]
+
+
+def generate(
+    base: Base,
+    bank: Bank,
+    exams: Mapping[str, Exam],
+    slot_of: Mapping[str, int],
+    budget: int,
+    max_new_tokens: int,
+) -> dict[str, list[str]]:
+    """Greedy answers, many clients in one batch with a key/value cache; prompts of like length."""
+    asked = [
+        (len(t.prompt), slot_of[c], c, n, t.prompt)
+        for c, exam in exams.items()
+        for n, t in enumerate(exam.tokens[: exam.generated])
+    ]
+    texts: dict[str, list[str]] = {c: [""] * len(e.tokens[: e.generated]) for c, e in exams.items()}
+    asked.sort(key=lambda row: row[:2])
+    while asked:
+        rows = max(1, min(len(asked), 32, budget // (asked[-1][0] + max_new_tokens)))
+        taken, asked = sorted(asked[-rows:], key=lambda row: row[1]), asked[:-rows]
+        out = _generate_batch(base, bank, taken, max_new_tokens)
+        for (_, _, c, n, _), text in zip(taken, out, strict=True):
+            texts[c][n] = text
+    return texts
+
+
+def _generate_batch(
+    base: Base, bank: Bank, rows: Sequence[tuple[Any, ...]], max_new_tokens: int
+) -> list[str]:
+    longest, pad = max(row[0] for row in rows), base.tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for *_, p in rows])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for *_, p in rows])
+    slots = [row[1] for row in rows]
+    runs, model = sorted(set(slots)), cast(Any, base.model)
+    with bank.routed(runs, [slots.count(slot) for slot in runs]):
+        out = model.generate(
+            input_ids=ids.to(base.device),
+            attention_mask=mask.to(base.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=base.tokenizer.eos_token_id,
+        )
+    return [
+        t.strip() for t in base.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+    ]
+
+
+def text_scores(
+    pairs: Sequence[tuple[Example, str]],
+    metrics: Collection[Metric],
+    score: Callable[[str, Example], float] | None = None,
+) -> dict[str, float]:
+    """Means over `(example, generated text)` of the metrics asked for."""
+    kinds: dict[str, Callable[[Example, str], float]] = {
+        "rouge_l": lambda e, t: rouge_l(e.output, t),
+        "exact_match": lambda e, t: float(normalised(e.output) == normalised(t)),
+    }
+    if score is not None:
+        kinds["score"] = lambda e, t: score(t, e)
+    return {
+        name: sum(f(e, t) for e, t in pairs) / len(pairs)
+        for name, f in kinds.items()
+        if name in metrics and pairs
+    }
+
+
+def rouge_l(reference: str, text: str) -> float:
+    """F-measure of the longest common subsequence (Lin, 2004), stemmed, as rouge-score computes it.
+
+    >>> rouge_l("the cat sat", "the cats sat down")
+    0.8571428571428571
+    """
+    return float(_scorer().score(reference, text)["rougeL"].fmeasure)
+
+
+@cache
+def _scorer() -> RougeScorer:
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def normalised(text: str) -> str:
+    """Lower case, without punctuation at either end of a word, one space between words.
+
+    >>> normalised(" The  answer, is: 42. ")
+    'the answer is 42'
+    """
+    words = (w.strip(string.punctuation) or w for w in re.split(r"\s+", text.strip().lower()))
+    return " ".join(w for w in words if w)
+
+
+def summary(scores: Mapping[str, Scores], weighted: bool = False) -> dict[str, float]:
+    """Means over clients, each counting once, or by its number of examples."""
+    names = {name for s in scores.values() for name in s.values}
+    means = {}
+    for name in sorted(names):
+        rows = [(s.values[name], s.examples) for s in scores.values() if name in s.values]
+        weights = [n if weighted else 1 for _, n in rows]
+        means[name] = sum(v * w for (v, _), w in zip(rows, weights, strict=True)) / sum(weights)
+    return means
