@@ -1,4 +1,4 @@
-"""What a client's text is: a task with lazily read examples. Everything else in this room makes these."""
+"""What a client's text is: a task with lazily read examples. The rest of this room makes these."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A client's data. Opening a population costs a few hundred bytes a client; text is read on demand.
+    """A client's data. Opening one costs about a kilobyte; text is read on demand.
 
     Attributes:
         id: the client's id.
