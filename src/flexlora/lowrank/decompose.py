@@ -1,68 +1,199 @@
-"""Truncated SVD of a product: from its factors when that is cheaper, dense otherwise."""
+"""The SVD of a weighted sum of products: one entry point, whichever way is cheapest."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flexlora.lowrank.product import LowRank, stack
+from flexlora.lowrank.cost import EXACT, Path, choose
+from flexlora.lowrank.exact import core_svd, dense_svd, gram_svd
+from flexlora.lowrank.krylov import Triples, block_krylov
+from flexlora.lowrank.operators import Operator, Sum, weighted_sum
+from flexlora.lowrank.product import LowRank
 
 
-def svd(product: LowRank, rank: int, seed: int = 0) -> LowRank:
-    """The best rank-`rank` approximation of a product, in SVD form, with exactly `rank` rows.
+@dataclass(frozen=True)
+class Options:
+    """How a sum is factorised; the defaults suit everyone.
+
+    Attributes:
+        path: one of :data:`~flexlora.lowrank.cost.Path`, or None: the cheapest by the cost model.
+        tolerance: Frobenius error allowed over the best at this rank; 0 allows exact paths only.
+        direction_tolerance: relative error allowed in each singular value that is returned.
+        dtype: of the arithmetic; None: float32, or wider if the factors are. float64 on request.
+        device: of the arithmetic; None: where the factors are. The result lies there too.
+        cache_bytes: of cast factors held between passes over one module.
+    """
+
+    path: Path | None = None
+    tolerance: float = 0.01
+    direction_tolerance: float = 0.05
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    cache_bytes: int = 2**26
+
+
+DEFAULT = Options()
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good a factorisation is, relative to the exact one. Zero on exact paths.
+
+    Attributes:
+        path: the way that was taken.
+        excess: estimated `||D - D_r||_F` over the best at this rank, minus 1.
+        sigma_error: `(rank,)` estimated relative error of each singular value.
+        angle: `(rank,)` estimated `||D v_j - s_j u_j|| / s_j`: how far each pair is from being one;
+            the sine of the angle to the true subspace is at most this times `s_j / gap` (Wedin).
+        applies: columns multiplied with `D`, 0 on exact paths.
+    """
+
+    path: Path
+    excess: float
+    sigma_error: Float[Tensor, " rank"]
+    angle: Float[Tensor, " rank"]
+    applies: int
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A product in SVD form (`B = U S`, `A = Vh`, scaling 1) and how good it is."""
+
+    product: LowRank
+    quality: Quality
+
+
+def svd(product: LowRank, rank: int, seed: int = 0, options: Options = DEFAULT) -> LowRank:
+    """The best rank-`rank` approximation of one product, in SVD form: see :func:`decompose`.
+
+    >>> import torch
+    >>> d = svd(LowRank(torch.eye(3)[:, :2], torch.eye(2, 4), 5.0), rank=1)
+    >>> d.shape, d.rank, round(d.B.norm().item(), 4)
+    ((3, 4), 1, 5.0)
+    """
+    return decompose([product], [1.0], rank, seed, options).product
+
+
+def svd_sum(
+    terms: Sequence[LowRank],
+    weights: Sequence[float],
+    rank: int,
+    seed: int = 0,
+    options: Options = DEFAULT,
+) -> LowRank:
+    """The best rank-`rank` approximation of `sum_k w_k D_k`, in SVD form: see :func:`decompose`."""
+    return decompose(terms, weights, rank, seed, options).product
+
+
+def decompose(
+    terms: Sequence[LowRank],
+    weights: Sequence[float],
+    rank: int,
+    seed: int = 0,
+    options: Options = DEFAULT,
+) -> Decomposition:
+    """The best rank-`rank` approximation of `D = sum_k w_k s_k B_k A_k`, with exactly `rank` rows.
 
     Returns `LowRank(B = U_r S_r, A = Vh_r, scaling = 1)`, singular values descending (they are the
     norms of `B`'s columns). By Eckart-Young no matrix of rank `rank` is closer in any unitarily
-    invariant norm, and prefixes of the result are the best approximations at every smaller rank.
+    invariant norm, and prefixes of the result are the best approximations at every smaller rank:
+    one factorisation serves clients of every rank.
 
     Where the numerical rank is below `rank`, the missing rows of `A` are orthonormal directions
     outside the row space and `B`'s columns zero (a client then still has `rank` rows to train).
 
-    Cost: with `R = product.rank < min(d_out, d_in)`, thin QR of both factors and the SVD of an
-    `(R, R)` core, `O((d_out + d_in) R^2 + R^3)`; otherwise the dense SVD.
+    The way there is chosen by :func:`~flexlora.lowrank.cost.choose` from shapes and ranks: exact
+    ones for small modules or total ranks, otherwise block Krylov iteration, to the tolerances of
+    `options`; :attr:`Decomposition.quality` says how well it did. Same input, same bits (on one
+    machine, with one number of threads). Scales from 1e-20 to 1e20 make no difference.
 
     Args:
-        product: any product, usually from :func:`~flexlora.lowrank.stack`.
+        terms: products of one shape, in any float dtype; read once per pass, in their order.
+        weights: one per term.
         rank: rows wanted, at most `min(d_out, d_in)`.
-        seed: of the directions that fill a degenerate rank.
+        seed: of the random start and of the directions that fill a degenerate rank.
+        options: path, tolerances, dtype, device.
 
     Raises:
-        ValueError: `rank` below 1 or above `min(d_out, d_in)`.
+        ValueError: `rank` out of range, no terms, unequal shapes, or numbers that are not finite.
+        OverflowError: singular values beyond the dtype's range.
     """
-    d_out, d_in = product.shape
+    return decompose_modules([terms], weights, rank, seed, options)[0]
+
+
+def decompose_modules(
+    modules: Sequence[Sequence[LowRank]],
+    weights: Sequence[float],
+    rank: int,
+    seed: int = 0,
+    options: Options = DEFAULT,
+) -> list[Decomposition]:
+    """:func:`decompose` of several modules of equal shape and ranks at once, as batched products.
+
+    For accelerators, where one module alone leaves most of the device idle. All modules go on until
+    the last of them meets the tolerances.
+    """
+    total = weighted_sum(modules, weights, options.dtype, options.device, options.cache_bytes)
+    count, d_out, d_in = total.shape
     if not 1 <= rank <= min(d_out, d_in):
         raise ValueError(
             f"svd: rank {rank} of a {d_out} x {d_in} matrix; expected 1 to {min(d_out, d_in)}."
         )
-    dtype = torch.promote_types(product.B.dtype, torch.float32)
-    B, A = product.B.to(dtype) * product.scaling, product.A.to(dtype)
-    if product.rank < min(d_out, d_in):
-        Qb, Rb = torch.linalg.qr(B)
-        Qa, Ra = torch.linalg.qr(A.T)
-        U, S, Vh = torch.linalg.svd(Rb @ Ra.T)
-        U, Vh = Qb @ U, Vh @ Qa.T
+    path = options.path or choose(
+        (d_out, d_in),
+        len(weights),
+        total.rank,
+        rank,
+        total.dtype.itemsize,
+        exact=options.tolerance <= 0,
+    )
+    if path in EXACT:
+        U, S, Vh = _exact(total, path, rank)
+        none = S.new_zeros(count, rank)
+        found = Triples(U[..., :rank], S[:, :rank], Vh[:, :rank], none[:, 0], none, none, 0)
     else:
-        U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
-    U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
-    rounding = S[0] * max(d_out, d_in) * torch.finfo(dtype).eps
-    found = int(S.gt(rounding).sum())
-    if found < rank:
-        Vh = complete_rows(Vh[:found], rank, seed)
-        U, S = (
-            torch.nn.functional.pad(U[:, :found], (0, rank - found)),
-            torch.nn.functional.pad(S[:found], (0, rank - found)),
+        operator: Operator = total.dense() if path == "dense-krylov" else total
+        tolerances = (options.tolerance, options.direction_tolerance)
+        found = block_krylov(operator, rank, seed, *tolerances, total.dtype, total.device)
+    return [_finish(found, total, path, rank, seed, i) for i in range(count)]
+
+
+def _exact(total: Sum, path: Path, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    if path == "core":
+        return core_svd(*total.stacked())
+    D = total.dense().D
+    return gram_svd(D, rank) if path == "gram" and D.dtype == torch.float32 else dense_svd(D)
+
+
+def _finish(found: Triples, total: Sum, path: Path, rank: int, seed: int, i: int) -> Decomposition:
+    """One module's triples as a product of exactly `rank` rows, in the sum's own scale."""
+    U, S, Vh = found.U[i], found.S[i], found.Vh[i]
+    true_rank = 0
+    if total.scale[i] > 0:
+        true_rank = int(S.gt(10 * torch.finfo(S.dtype).eps * S[0]).sum())
+    if true_rank < rank:
+        Vh = complete_rows(Vh[:true_rank], rank, seed)
+        missing = (0, rank - true_rank)
+        U, S = (torch.nn.functional.pad(x[..., :true_rank], missing) for x in (U, S))
+    sigma = S.double() * total.scale[i].item()
+    if sigma.amax() > torch.finfo(S.dtype).max:
+        raise OverflowError(
+            f"svd: the largest singular value, {sigma[0].item():.2e}, is beyond {S.dtype}; ask for "
+            "Options(dtype=torch.float64)."
         )
-    return LowRank(U * S, Vh)
-
-
-def svd_sum(
-    terms: Sequence[LowRank], weights: Sequence[float], rank: int, seed: int = 0
-) -> LowRank:
-    """The best rank-`rank` approximation of `sum_k w_k D_k`, in SVD form: see :func:`svd`."""
-    return svd(stack(terms, weights), rank, seed)
+    none = torch.zeros(rank, dtype=torch.float64)
+    if path in EXACT:
+        quality = Quality(path, 0.0, none, none, 0)
+    else:
+        excess = float(found.excess()[i]) if true_rank else 0.0
+        sigma_error, angle = found.sigma_error()[i].cpu(), found.angle[i].double().cpu()
+        quality = Quality(path, excess, sigma_error, angle, found.applies)
+    return Decomposition(LowRank(U * sigma.to(S.dtype), Vh), quality)
 
 
 def complete_rows(

@@ -165,6 +165,51 @@ def owned(terms: Sequence[LowRank], weights: Sequence[float]) -> Float[Tensor, "
     return share
 
 
+def difference(x: LowRank, y: LowRank) -> LowRank:
+    """`x - y` at one rank and scaling, without cancellation: exactly zero if they are equal.
+
+    `s (B_x A_x - B_y A_y) = s [B_x - B_y, B_y] @ [A_x; A_x - A_y]`, of twice the rank.
+
+    Raises:
+        ValueError: unequal shapes, ranks or scalings.
+
+    >>> import torch
+    >>> x = LowRank(torch.ones(2, 1), torch.ones(1, 3), 0.5)
+    >>> norm(difference(x, x))
+    0.0
+    """
+    if (x.shape, x.rank, x.scaling) != (y.shape, y.rank, y.scaling):
+        raise ValueError(
+            f"difference: {x.shape} at rank {x.rank}, scaling {x.scaling} less {y.shape} at rank "
+            f"{y.rank}, scaling {y.scaling}; expected the same of both. Use stack for others."
+        )
+    return LowRank(torch.cat([x.B - y.B, y.B], 1), torch.cat([x.A, x.A - y.A]), x.scaling)
+
+
+def merge(patch: LowRank | Tensor | None, change: LowRank) -> LowRank | Tensor:
+    """`patch + change`: stacked factors while those are fewer numbers than the matrix, then dense.
+
+    At least float32: a merge into bfloat16 would lose small updates and could not be undone.
+
+    >>> import torch
+    >>> x = LowRank(torch.ones(4, 1), torch.ones(1, 4), 0.5)
+    >>> type(merge(None, x)).__name__, type(merge(merge(None, x), x)).__name__
+    ('LowRank', 'Tensor')
+    """
+    if isinstance(patch, Tensor):
+        return patch + change.dense().to(patch)
+    total = stack([change] if patch is None else [patch, change])
+    d_out, d_in = total.shape
+    return total if total.rank * (d_out + d_in) < d_out * d_in else total.dense()
+
+
+def norm_weights(terms: Sequence[LowRank]) -> list[float]:
+    """Weights in proportion to the products' Frobenius norms; equal ones where all are zero."""
+    norms = [norm(t) for t in terms]
+    total = sum(norms)
+    return [n / total if total > 0 else 1 / len(terms) for n in norms]
+
+
 def inner(x: LowRank, y: LowRank) -> float:
     """Frobenius inner product `<x, y> = s_x s_y tr((B_x^T B_y)(A_y A_x^T))`, from factors only.
 
