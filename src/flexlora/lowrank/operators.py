@@ -184,8 +184,8 @@ def weighted_sum(
         )
     power = torch.where(peaks > 0, torch.exp2(peaks.clamp_min(5e-324).log2().floor()), 1.0)
     shrink = torch.where((power > PLAIN) | (power < 1 / PLAIN), power, 1.0)
-    w = torch.tensor([[x * t.scaling for x, t in zip(weights, m, strict=True)] for m in modules])
-    w = w.double() if w.dtype != torch.float64 else w
+    scaled = [[x * t.scaling for x, t in zip(weights, m, strict=True)] for m in modules]
+    w = torch.tensor(scaled, dtype=torch.float64)
     size = w.abs() * peaks.prod(2)
     top = size.amax(1)
     scale = torch.where(top > 0, torch.exp2(top.clamp_min(5e-324).log2().floor()), 0.0)
