@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flexlora.adapter import Adapter
 from flexlora.federation.state import Payload, Update
-from flexlora.lowrank import LowRank, norm
+from flexlora.lowrank import LowRank, difference, norm
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -194,29 +194,24 @@ def _finite(x: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def difference(d: LowRank, sent: LowRank) -> LowRank:
-    """What training changed, `D - D_sent = s ((B - B0) A + B0 (A - A0))`, at rank `2 r`.
+def changed(d: LowRank, sent: LowRank) -> LowRank:
+    """What training changed, `D - D_sent`, at rank `2 r` or less, in float32 at least.
 
-    Subtracting the factors first loses no digits where subtracting norms would. A product of lower
-    rank is compared with that prefix of what was sent.
+    A product of lower rank is compared with that prefix of what was sent.
 
     >>> import torch
     >>> sent = LowRank(torch.ones(2, 1), torch.ones(1, 2), 0.5)
-    >>> difference(LowRank(torch.ones(2, 1), 3 * torch.ones(1, 2), 0.5), sent).dense()[0, 0].item()
+    >>> changed(LowRank(torch.ones(2, 1), 3 * torch.ones(1, 2), 0.5), sent).dense()[0, 0].item()
     1.0
     """
     dtype = torch.promote_types(d.B.dtype, torch.float32)
     d, sent = d.to(dtype), sent.prefix(d.rank).to(dtype, d.B.device)
-    if not sent.B.any():
-        return d
-    B = torch.cat([d.B - sent.B, sent.B], dim=1)
-    A = torch.cat([d.A, d.A - sent.A])
-    return LowRank(B, A, d.scaling)
+    return difference(d, sent) if sent.B.any() else d
 
 
 def change_norm(adapter: Adapter, sent: Adapter) -> float:
     """Frobenius norm of what training changed, over all modules."""
-    return math.hypot(*(norm(difference(d, sent[m])) for m, d in adapter.items()))
+    return math.hypot(*(norm(changed(d, sent[m])) for m, d in adapter.items()))
 
 
 def _plain(metrics: object) -> dict[str, float]:

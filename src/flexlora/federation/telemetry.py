@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -16,10 +17,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flexlora.adapter import Adapter, LoraSpec
-from flexlora.federation.admission import difference
+from flexlora.federation.admission import changed
 from flexlora.federation.ranks import label
-from flexlora.federation.state import Client, Payload, ServerState, Term, Updates, Wire, iterate
-from flexlora.lowrank import LowRank, inner, norm, owned, stack
+from flexlora.federation.state import (
+    Client,
+    Payload,
+    ServerState,
+    Term,
+    Updates,
+    Wire,
+    floats_down,
+    floats_up,
+    iterate,
+)
+from flexlora.lowrank import LowRank, difference, inner, norm, owned, stack
 
 
 def levels(clients: Iterable[Client]) -> dict[str, LoraSpec]:
@@ -55,6 +66,8 @@ def spectra(
         per_module: adds `modules`: the same numbers for each module.
     """
     energies = {m: singular_values(g).double() ** 2 for m, g in state.G.items()}
+    if not energies:
+        raise ValueError("spectra: the state has no modules; expected at least one in G.")
     rows = {m: _spectrum(m, e, at) for m, e in energies.items()}
     total = sum(r["energy"] for r in rows.values())
     captured = {
@@ -131,7 +144,7 @@ def cosines(
         step = _step(before, after, module)
         moved += norm(step) ** 2 if isinstance(step, LowRank) else float(step.double().norm()) ** 2
         for client, d in zip(updates.clients, updates.module(module), strict=True):
-            change = difference(d, sent[client].adapter[module])
+            change = changed(d, sent[client].adapter[module])
             dots[client] += _dot(change, step)
             squares[client] += inner(change, change)
     return {
@@ -142,15 +155,21 @@ def cosines(
 
 def _step(before: ServerState, after: ServerState, module: str) -> Term:
     """`(patch + G)_after - (patch + G)_before` of one module."""
-    signed: list[tuple[Term, float]] = [(after.G[module], 1.0), (before.G[module], -1.0)]
+    new, old = after.G[module], before.G[module]
+    alike = (new.rank, new.scaling) == (old.rank, old.scaling)
+    step: Term = difference(new, old) if alike else stack([new, old], [1.0, -1.0])
     if after.patch.get(module) is not before.patch.get(module):
         for state, sign in ((after, 1.0), (before, -1.0)):
             if module in state.patch:
-                signed.append((state.patch[module], sign))
-    low = [(t, sign) for t, sign in signed if isinstance(t, LowRank)]
-    step = stack([t for t, _ in low], [sign for _, sign in low])
-    dense = [t * sign for t, sign in signed if isinstance(t, Tensor)]
-    return step if not dense else torch.stack(dense).sum(0) + step.dense()
+                step = _plus(step, state.patch[module], sign)
+    return step
+
+
+def _plus(step: Term, term: Term, sign: float) -> Term:
+    if isinstance(step, LowRank) and isinstance(term, LowRank):
+        return stack([step, term], [1.0, sign])
+    left, right = (t.dense() if isinstance(t, LowRank) else t for t in (step, term))
+    return left + sign * right
 
 
 def _dot(change: LowRank, step: Term) -> float:
@@ -166,23 +185,12 @@ def upload_bytes(sent: Payload, adapter: Adapter, wire: Wire = "float32") -> int
     >>> upload_bytes(Payload("a", 1, "base", adapter, train="B"), adapter, "bfloat16")
     12
     """
-    return _bytes(adapter.values(), set(sent.train) - set(sent.keep), wire)
+    return floats_up(replace(sent, adapter=adapter)) * _itemsize(wire)
 
 
 def download_bytes(payload: Payload, wire: Wire = "float32") -> int:
     """Bytes of what travels to a client: factors it cannot make itself, and frozen terms."""
-    terms = [t for several in payload.frozen.values() for t in several]
-    dense = sum(t.numel() for t in terms if isinstance(t, Tensor))
-    return (
-        _bytes(payload.adapter.values(), set("AB") - set(payload.known), wire)
-        + _bytes((t for t in terms if isinstance(t, LowRank)), set("AB"), wire)
-        + dense * _itemsize(wire)
-    )
-
-
-def _bytes(products: Iterable[LowRank], factors: set[str], wire: Wire) -> int:
-    numbers = sum(("B" in factors) * d.B.numel() + ("A" in factors) * d.A.numel() for d in products)
-    return numbers * _itemsize(wire)
+    return floats_down(payload) * _itemsize(wire)
 
 
 def _itemsize(wire: Wire) -> int:
