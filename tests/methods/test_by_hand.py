@@ -52,5 +52,7 @@ def test_training_by_hand_lowers_every_loss(capsys):
     hand = load_example()
     hand.main()
     lines = capsys.readouterr().out.splitlines()
-    first, last = ([float(v) for v in line.split(": ")[1].split()] for line in (lines[0], lines[-1]))
+    first, last = (
+        [float(v) for v in line.split(": ")[1].split()] for line in (lines[0], lines[-1])
+    )
     assert all(b < 0.7 * a for a, b in zip(first, last, strict=True))

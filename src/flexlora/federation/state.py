@@ -85,8 +85,10 @@ class Payload:
         train: which factors move.
         keep: factors that stay at the client: it starts from those it last had (the payload's, if
             none) and does not upload them. Never set for a `stateless` method.
-        known: factors that need not travel, because a receiver can make them: `A` as drawn from the
-            run's seed, `B` zero or its own. The adapter here is complete all the same.
+        known: factors that need not travel, because a receiver can make them: `A` by
+            `initial_adapter` from `seed`, `B` zero, or its own where it keeps them. The adapter
+            here is complete all the same.
+        seed: of the initial factors, where they are known.
         mask: where set, training is sparse: `adapter[m].B (count, 1)` holds the values added to the
             base weight at `mask[m].positions()`, `A` is a one that is not trained.
         penalty: an extra term of the local loss, or None.
@@ -100,6 +102,7 @@ class Payload:
     train: Factors = "AB"
     keep: Factors = ""
     known: Factors = ""
+    seed: int = 0
     mask: Mapping[str, Mask] = field(default_factory=dict)
     penalty: Penalty | None = None
 
@@ -169,7 +172,10 @@ class Method:
             None means the whole global model, a client means what it would be handed.
         mixed_ranks: whether clients may differ in rank; engines refuse a mixed federation if not.
         exact: whether the new effective weight equals `sum p_k D_k` before any truncation.
-        linear: whether aggregate(sum) = sum(aggregate), so that a secure sum can serve it.
+        linear: whether the new state depends on the updates only through weighted sums over clients
+            (of products, or of factors padded to one rank), so that a secure sum can serve it.
+        averages: what the server averages: products (the basis changes with every SVD), factors
+            (the basis stays), what it merges into the patch, or nothing.
         stateless: whether clients keep nothing between rounds (needed in cross-device settings).
         prunes: whether a payload may hold a lower rank than its client's `LoraSpec` names.
         optimizer: the local optimiser of its paper, used where the training settings name none.
@@ -187,6 +193,7 @@ class Method:
     mixed_ranks: bool
     exact: bool = False
     linear: bool = False
+    averages: Literal["products", "factors", "patch", "nothing"] = "products"
     stateless: bool = True
     prunes: bool = False
     optimizer: Optimizer | None = None
@@ -195,6 +202,25 @@ class Method:
     down: str = "r (d_out + d_in)"
     citation: str = ""
     start: Callable[[ServerState], ServerState] = lambda state: state
+
+
+def floats_down(payload: Payload) -> int:
+    """Numbers that must travel to the client: its factors less what it knows, and frozen terms."""
+    factors = sum(_count(d, "AB", payload.known) for d in payload.adapter.values())
+    return factors + sum(_size(term) for terms in payload.frozen.values() for term in terms)
+
+
+def floats_up(payload: Payload) -> int:
+    """Numbers that come back: the factors that are trained and not kept by the client."""
+    return sum(_count(d, payload.train, payload.keep) for d in payload.adapter.values())
+
+
+def _count(d: LowRank, factors: Factors, less: Factors) -> int:
+    return sum(getattr(d, f).numel() for f in factors if f not in less)
+
+
+def _size(term: Term) -> int:
+    return term.numel() if isinstance(term, Tensor) else term.B.numel() + term.A.numel()
 
 
 def ranks_of(adapter: Adapter) -> dict[str, int]:

@@ -4,29 +4,63 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, cast, get_args, get_origin, get_type_hints
 
 from flexlora.federation.state import Method
+from flexlora.methods.check import check
 from flexlora.methods.fedavg import fedavg, fedit
+from flexlora.methods.fedex_lora import fedex_lora
+from flexlora.methods.fedopt import fedadam, fedavgm
+from flexlora.methods.fedprox import fedprox
+from flexlora.methods.fedsa_lora import fedsa_lora
+from flexlora.methods.ffa_lora import ffa_lora
 from flexlora.methods.flexlora import flexlora, flexlora_released
+from flexlora.methods.flora import flora
+from flexlora.methods.full import full
+from flexlora.methods.hetlora import hetlora
+from flexlora.methods.local import local
+from flexlora.methods.memory import flexlora_memory
+from flexlora.methods.raflora import raflora
+from flexlora.methods.rbla import rbla
+from flexlora.methods.rolora import rolora
+from flexlora.methods.slora import slora
+
+__all__ = ["check", "make", "methods"]
 
 methods: dict[str, Callable[..., Method]] = {
-    "fedavg": fedavg,
-    "fedit": fedit,
     "flexlora": flexlora,
     "flexlora-released": flexlora_released,
+    "flexlora-memory": flexlora_memory,
+    "fedavg": fedavg,
+    "fedit": fedit,
+    "hetlora": hetlora,
+    "rbla": rbla,
+    "raflora": raflora,
+    "flora": flora,
+    "ffa-lora": ffa_lora,
+    "rolora": rolora,
+    "fedsa-lora": fedsa_lora,
+    "fedex-lora": fedex_lora,
+    "slora": slora,
+    "fedprox": fedprox,
+    "fedavgm": fedavgm,
+    "fedadam": fedadam,
+    "full": full,
+    "local": local,
 }
 """Name, as users write it -> factory; its keyword arguments are the method's settings."""
 
 
 def make(name: str, **settings: object) -> Method:
-    """A method by name, with its settings.
+    """A method by name, with its settings; a wrapper's `of` is a name, or a mapping with one.
 
     Raises:
         ValueError: an unknown method or setting; names the nearest one.
 
     >>> make("flexlora", split="balanced").name
     'flexlora'
+    >>> make("fedprox", of={"name": "flexlora", "split": "A"}, mu=0.1).name
+    'fedprox(flexlora)'
     >>> make("flexlorra")
     Traceback (most recent call last):
     ValueError: unknown method 'flexlorra'; did you mean 'flexlora'?
@@ -35,6 +69,8 @@ def make(name: str, **settings: object) -> Method:
         raise ValueError(f"unknown method {name!r}; {_nearest(name, methods)}")
     known = get_type_hints(methods[name])
     known.pop("return", None)
+    if "of" in known and isinstance(settings.get("of"), str | Mapping):
+        settings["of"] = _wrapped(settings["of"])
     for setting, value in settings.items():
         if setting not in known:
             nearest = _nearest(setting, known)
@@ -43,6 +79,12 @@ def make(name: str, **settings: object) -> Method:
         if choices and value not in choices:
             raise ValueError(f"method {name!r}: {setting} is {value!r}; expected one of {choices}.")
     return methods[name](**settings)
+
+
+def _wrapped(of: object) -> Method:
+    """The method a wrapper names: `flexlora`, or `{name: flexlora, split: balanced}`."""
+    settings = {"name": of} if isinstance(of, str) else dict(cast(Mapping[str, object], of))
+    return make(str(settings.pop("name", None)), **settings)
 
 
 def _nearest(word: str, known: Mapping[str, object]) -> str:

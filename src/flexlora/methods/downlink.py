@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from flexlora.adapter import Adapter, LoraSpec, stable_seed
+from flexlora.adapter import Adapter, LoraSpec, initial_adapter, stable_seed
 from flexlora.federation.state import Client, Payload, ServerState, Wire
-from flexlora.lowrank import LowRank, Split, hand_out
+from flexlora.lowrank import LowRank, Split, hand_out, merge
 
 
 def head(G: Adapter, lora: LoraSpec, split: Split = "B") -> dict[str, LowRank]:
@@ -46,6 +46,7 @@ def pack(
         base=state.base,
         adapter={m: rounded(d, state.wire) for m, d in adapter.items()},
         frozen={m: (term,) for m, term in state.patch.items()},
+        seed=state.seed,
     )
 
 
@@ -73,6 +74,23 @@ def view_of(
 def advance(state: ServerState, G: Adapter) -> ServerState:
     """The state after a round that only replaced `G`."""
     return replace(state, round=state.round + 1, G=G)
+
+
+def restarted(state: ServerState) -> ServerState:
+    """A start for methods whose clients know the initial factors: a warm start becomes patch.
+
+    `G` becomes what `initial_adapter` draws from the state's seed, with `B = 0`.
+    """
+    warm = {m: d for m, d in state.G.items() if d.B.any()}
+    patch = {**state.patch, **{m: merge(state.patch.get(m), d) for m, d in warm.items()}}
+    return replace(state, G=drawn(state.G, state.seed), patch=patch)
+
+
+def drawn(G: Adapter, seed: int) -> dict[str, LowRank]:
+    """Initial factors with the shapes, ranks, dtypes and devices of `G`."""
+    shapes, ranks = {m: d.shape for m, d in G.items()}, {m: d.rank for m, d in G.items()}
+    fresh = initial_adapter(shapes, ranks, seed)
+    return {m: d.to(G[m].B.dtype, G[m].B.device) for m, d in fresh.items()}
 
 
 def draw_seed(state: ServerState, purpose: str, module: str) -> int:

@@ -28,6 +28,8 @@ def fedavg() -> Method:
         aggregate=aggregate,
         view=view_of(pack),
         mixed_ranks=False,
+        linear=True,
+        averages="factors",
         optimizer="sgd",
         citation="McMahan et al.: Communication-Efficient Learning of Deep Networks from "
         "Decentralized Data, AISTATS 2017, arXiv 1602.05629",

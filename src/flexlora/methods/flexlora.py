@@ -65,6 +65,7 @@ def flexlora(split: Split = "B", assumed_alpha: float | None = None) -> Method:
         aggregate=aggregate,
         view=view_of(downlink),
         mixed_ranks=True,
+        exact=True,
         linear=True,
         citation=CITATION,
     )
@@ -80,4 +81,4 @@ def flexlora_released(assumed_alpha: float = 16.0) -> Method:
     Args:
         assumed_alpha: the constant that stands in the release's code.
     """
-    return replace(flexlora(assumed_alpha=assumed_alpha), name="flexlora-released")
+    return replace(flexlora(assumed_alpha=assumed_alpha), name="flexlora-released", exact=False)
