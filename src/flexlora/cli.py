@@ -113,7 +113,6 @@ def export(
     energy: Annotated[
         float | None, typer.Option(help="Smallest rank that keeps this share of every update.")
     ] = None,
-    client: Annotated[str | None, typer.Option(help="As this client would be handed it.")] = None,
     merged: Annotated[
         bool, typer.Option(help="The whole model with the update merged in.")
     ] = False,
@@ -121,7 +120,7 @@ def export(
     """Write the global adapter as a PEFT folder, at any rank, or merged into the model."""
     from flexlora.experiment.export import export_run
 
-    print(export_run(folder, to, rank, energy, client, merged))
+    print(export_run(folder, to, rank, energy, merged))
 
 
 @app.command()

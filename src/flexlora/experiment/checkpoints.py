@@ -36,7 +36,6 @@ class Progress:
         best_loss: that loss.
         stale: evaluations since.
         ranks: client id -> the distinct ranks its model really had.
-        engine: what the engine must be given back to go on with the same bits.
     """
 
     metrics_bytes: int = 0
@@ -45,7 +44,6 @@ class Progress:
     best_loss: float | None = None
     stale: int = 0
     ranks: Mapping[str, list[int]] = field(default_factory=dict)
-    engine: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, state: ServerState, progress: Progress) -> Path:

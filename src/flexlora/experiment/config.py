@@ -53,26 +53,34 @@ class Model(Section):
 
 
 class Unseen(Section):
-    """Clients kept out of training, on which generalisation is measured."""
+    """Clients kept out of training, on which generalisation is measured; none by default."""
 
-    clients: Fraction | Positive = 0
-    """A number of clients, or a fraction of them when below 1."""
-    by: Literal["client", "category", "text"] = "text"
-    """`text`: whole components of clients that share text, so that unseen is unseen;
-    `category`: whole categories; `client`: at random, whatever they share."""
-    names: tuple[str, ...] = ()
-    """Exactly these client ids (or, with `by: category`, categories) instead of a random choice."""
+    by: Literal["client", "category", "component"] = "client"
+    """What is kept out: clients one by one; whole categories; or whole components of clients that
+    share text, so that unseen is unseen."""
+    count: Positive | None = None
+    """This many clients."""
+    fraction: Fraction | None = None
+    """This share of the clients."""
+    clients: tuple[str, ...] = ()
+    """Exactly these clients."""
+    categories: tuple[str, ...] = ()
+    """Exactly these categories."""
+    seed: int = 0
+    """Of the draw; apart from the run's, so that runs with several seeds share one split."""
 
 
 class Data(Open):
     """Where the clients' text comes from. A client is a task. Further keys are the loader's own."""
 
-    name: str = "reasoning-gym"
+    kind: str = "reasoning-gym"
     """A loader by name (`flexlora methods` lists them) or by import path `module:function`."""
     path: str | None = None
     """File, folder or Hub id, for loaders that read one."""
     template: Literal["chat", "alpaca"] = "chat"
     """The prompt: the model's own chat template, or Alpaca's."""
+    system: str | None = None
+    """A system message; by default the chat template's own, if it has one."""
     unseen: Unseen = Unseen()
     """Which clients are kept out of training."""
 
@@ -113,8 +121,8 @@ class Training(Section):
     """One client's local round, in Hugging Face's words."""
 
     optimizer: Literal["adamw", "sgd"] | None = None
-    """Default: that of the method's paper, otherwise AdamW. Its state is reset every round: after an
-    SVD the moments refer to another basis."""
+    """Default: that of the method's paper, otherwise AdamW. Its state is reset every round, for
+    after an SVD the moments refer to another basis."""
     learning_rate: AboveZero = 1e-3
     """At the start of round 1, after warm-up."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
@@ -186,7 +194,7 @@ class Evaluation(Section):
     metrics_on_the_way: tuple[Metric, ...] = ("loss",)
     """The same between rounds, where generating is usually too slow."""
     max_clients: Positive | None = None
-    """At most so many seen clients (a fixed choice); unseen ones are all evaluated."""
+    """At most so many seen and so many unseen clients, the same ones every time; default: all."""
     max_examples: Positive | None = None
     """At most so many examples per client for the loss."""
     max_generated: Positive | None = 4
@@ -209,7 +217,7 @@ class Checkpoints(Section):
     early_stopping_patience: Positive | None = None
     """Evaluations without a better loss on the fixed set after which the run ends."""
     monitor_clients: Positive = 32
-    """Size of that set: the same seen clients every time, their `eval` split."""
+    """Size of that set: the same clients every time, their `eval` split."""
 
 
 class Config(Section):

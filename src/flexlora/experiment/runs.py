@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from flexlora.experiment.config import Config
-from flexlora.experiment.errors import RUN, Failure, blame
+from flexlora.experiment.errors import MODEL, RUN, Failure, blame
 from flexlora.experiment.load import load_config
 
 PACKAGES = ("flexlora", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
@@ -45,8 +45,8 @@ def create(config: Config, name: str) -> Path:
             folder = Path(config.output_dir)
             if folder.exists():
                 raise Failure(
-                    f"output_dir {folder} exists; a run is never overwritten. Choose another, leave "
-                    f"it out for a fresh name, or go on with: flexlora resume {folder}",
+                    f"output_dir {folder} exists; a run is never overwritten. Choose another, "
+                    f"leave it out for a fresh name, or go on with: flexlora resume {folder}",
                     RUN,
                 )
             folder.mkdir(parents=True)
@@ -91,9 +91,9 @@ def identify(folder: Path, base: str, fingerprint: str) -> None:
         if made["fingerprint"] != fingerprint:
             raise Failure(
                 f"{folder} was made with base model {made['base']!r}, fingerprint "
-                f"{made['fingerprint']}; {base!r} has {fingerprint}. Restore that model, or start a "
-                "new run.",
-                4,
+                f"{made['fingerprint']}; {base!r} has {fingerprint}. Restore that model, or start "
+                "a new run.",
+                MODEL,
             )
         return
     about = {

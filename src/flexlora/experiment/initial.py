@@ -1,0 +1,75 @@
+"""The state before round 1: PEFT's initial adapter, or the product of an adapter there is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from flexlora.adapter import Adapter, Shapes, initial_adapter, load_peft
+from flexlora.experiment.build import Experiment
+from flexlora.experiment.errors import MODEL, blame
+from flexlora.federation.state import ServerState
+from flexlora.lowrank import svd
+
+
+def first_state(experiment: Experiment, fingerprint: str) -> ServerState:
+    """The state before round 1: PEFT's initial adapter at the largest rank, or a warm start.
+
+    Raises:
+        Failure: a warm start that does not fit.
+    """
+    config = experiment.config
+    specs = [c.lora for c in experiment.clients.values()]
+    ranks = {m: max(s.rank(m) for s in specs) for m in experiment.shapes}
+    seed = config.federation.seed
+    G: Adapter = initial_adapter(experiment.shapes, ranks, seed)
+    if config.lora.warm_start is not None:
+        G = warm(Path(config.lora.warm_start), experiment.shapes, ranks, fingerprint, seed)
+    state = ServerState(0, fingerprint, G, seed=seed, wire=config.federation.wire)
+    return experiment.method.start(state)
+
+
+def warm(
+    folder: Path, shapes: Shapes, ranks: Mapping[str, int], fingerprint: str, seed: int
+) -> Adapter:
+    """The products of a PEFT folder in SVD form at the server's ranks.
+
+    Raises:
+        Failure: unreadable, made for another base model, or for other modules.
+    """
+    with blame(MODEL, "lora.warm_start"):
+        adapter = load_peft(folder)
+        insist_on_base(folder, fingerprint)
+        if set(adapter) != set(shapes):
+            odd = sorted(set(adapter) ^ set(shapes))
+            raise ValueError(
+                f"{folder} and lora.target_modules differ in {len(odd)} modules, {odd[:2]}; they "
+                "must be the same."
+            )
+        for module, product in adapter.items():
+            if product.shape != shapes[module]:
+                raise ValueError(
+                    f"{folder}: module {module!r} is {product.shape}, in this base model "
+                    f"{shapes[module]}. Use the model it was made with."
+                )
+        return {m: svd(adapter[m], ranks[m], seed) for m in shapes}
+
+
+ABOUT = "flexlora.json"
+"""Beside an exported adapter: the fingerprint of its base model, which PEFT has no place for."""
+
+
+def insist_on_base(folder: Path, fingerprint: str) -> None:
+    """An adapter that says which base model it was made with must have been made with this one.
+
+    Raises:
+        ValueError: another base model.
+    """
+    about = folder / ABOUT
+    made = json.loads(about.read_text())["fingerprint"] if about.is_file() else fingerprint
+    if made != fingerprint:
+        raise ValueError(
+            f"{folder} was made with base model {made}; this one is {fingerprint}. Use the model "
+            "it was made with."
+        )

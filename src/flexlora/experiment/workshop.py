@@ -1,0 +1,67 @@
+"""What a run works with: made from a configuration, for a start, a resume, an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexlora.engines.embedded import Embedded, Prompting
+from flexlora.experiment.build import Experiment, build
+from flexlora.experiment.config import Config
+from flexlora.experiment.console import Console
+from flexlora.experiment.errors import MODEL, blame
+from flexlora.training.client import Progress
+from flexlora.training.models import Base, load_base
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """An experiment with its base model loaded.
+
+    Attributes:
+        folder: of the run.
+        experiment: what the configuration means.
+        base: the frozen model.
+        engine: trains and evaluates.
+        console: where people read.
+    """
+
+    folder: Path
+    experiment: Experiment
+    base: Base
+    engine: Embedded
+    console: Console
+
+
+def open_workshop(config: Config, folder: Path, console: Console) -> Workshop:
+    """Load the base model and the data of a configuration.
+
+    Raises:
+        Failure: with the code of what is wrong.
+    """
+    console.progress(f"loading {config.model.name_or_path}")
+    with blame(MODEL, "model"):
+        base = load_base(config.model.name_or_path, config.model.dtype, config.model.device)
+    experiment = build(config, base.shapes)
+    prompting = Prompting(
+        config.data.template,
+        config.training.max_length,
+        config.training.train_on_prompt,
+        config.data.system,
+    )
+
+    def on_step(step: Progress) -> None:
+        console.progress(
+            f"training: {step.clients_done} of {step.clients} clients done, "
+            f"loss {step.loss:.3f}, {step.tokens / max(step.seconds, 1e-9):.0f} tokens/s"
+        )
+
+    engine = Embedded(
+        base,
+        experiment.population,
+        experiment.training,
+        config.federation.seed,
+        prompting,
+        on_step,
+    )
+    return Workshop(folder, experiment, base, engine, console)
