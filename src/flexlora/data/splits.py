@@ -144,11 +144,15 @@ def leakage(population: Population, seen: Sequence[str], unseen: Sequence[str]) 
     texts = [_texts(every(population[client])) for client in unseen]
     runs, whole = [shingles(t) for t in texts], [text_hashes(t) for t in texts]
     # The unseen side is the small one: hold its hashes, and let the trained text pass by.
-    wanted = np.unique(np.concatenate([*(hashes for hashes, _ in runs), *whole]))
+    nothing = np.zeros(1, np.uint64)  # an empty text's hash, which is never met
+    wanted = np.unique(np.concatenate([nothing, *(hashes for hashes, _ in runs), *whole]))
     met = np.zeros(len(wanted), dtype=bool)
     for client in seen:
         trained = _texts(population[client].load("train"))
-        met |= np.isin(wanted, np.concatenate([shingles(trained)[0], text_hashes(trained)]))
+        here = np.unique(np.concatenate([shingles(trained)[0], text_hashes(trained)]))
+        place = np.searchsorted(wanted[:-1], here)
+        met[place[wanted[place] == here]] = True
+    met[0] = False
     common = wanted[met]
     sharing = [len(np.unique(owner[np.isin(hashes, common)])) for hashes, owner in runs]
     identical = [int(np.isin(hashes, common).sum()) for hashes in whole]
