@@ -129,10 +129,10 @@ def family_task(
 def draw(
     family: str, options: Mapping[str, Any], sizes: Mapping[Split, int], seed: int
 ) -> dict[Split, tuple[Example, ...]]:
-    """The problems of every split, none of them twice.
+    """The problems of every split, none of them twice; those without an answer are passed over.
 
     Raises:
-        ValueError: the family has too few distinct problems, or some without one right answer.
+        ValueError: too few are left.
     """
     seen: set[str] = set()
     parts: dict[Split, tuple[Example, ...]] = {}
@@ -143,26 +143,19 @@ def draw(
         for entry in map(source.__getitem__, range(tries)):
             if len(examples) == sizes[split]:
                 break
-            if entry["question"] not in seen:
-                seen.add(entry["question"])
-                examples.append(_example(family, entry))
+            if entry["question"] in seen or not str(entry["answer"] or "").strip():
+                continue
+            seen.add(entry["question"])
+            examples.append(Example(entry["question"], "", str(entry["answer"]), entry))
         if len(examples) < sizes[split]:
             raise ValueError(
-                f"reasoning-gym {family!r}: only {len(examples)} new problems for {split} among "
-                f"{tries} drawn, expected {sizes[split]}: it has too few distinct ones. "
-                "Lower the sizes or widen its options."
+                f"reasoning-gym {family!r}: only {len(examples)} new problems with an answer for "
+                f"{split} among {tries} drawn, expected {sizes[split]}. Some families have few "
+                "distinct problems, some a checker but no answer. Lower the sizes, widen its "
+                "options, or choose another family."
             )
         parts[split] = tuple(examples)
     return parts
-
-
-def _example(family: str, entry: Mapping[str, Any]) -> Example:
-    if entry["answer"] is None or not str(entry["answer"]).strip():
-        raise ValueError(
-            f"reasoning-gym {family!r}: its problems come without an answer (only a checker), so "
-            "there is nothing to learn from. Choose another family."
-        )
-    return Example(entry["question"], "", str(entry["answer"]), entry)
 
 
 def _source(family: str, options: Mapping[str, Any], seed: int, size: int) -> Any:
