@@ -17,7 +17,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flexlora.adapter import Adapter, LoraSpec
-from flexlora.federation.admission import changed
 from flexlora.federation.ranks import label
 from flexlora.federation.state import (
     Client,
@@ -176,6 +175,21 @@ def _dot(change: LowRank, step: Term) -> float:
     if isinstance(step, LowRank):
         return inner(change, step)
     return change.scaling * float((change.B.double() * (step @ change.A.T).double()).sum())
+
+
+def changed(d: LowRank, sent: LowRank) -> LowRank:
+    """What training changed, `D - D_sent`, at rank `2 r` or less, in float32 at least.
+
+    A product of lower rank is compared with that prefix of what was sent.
+
+    >>> import torch
+    >>> sent = LowRank(torch.ones(2, 1), torch.ones(1, 2), 0.5)
+    >>> changed(LowRank(torch.ones(2, 1), 3 * torch.ones(1, 2), 0.5), sent).dense()[0, 0].item()
+    1.0
+    """
+    dtype = torch.promote_types(d.B.dtype, torch.float32)
+    d, sent = d.to(dtype), sent.prefix(d.rank).to(dtype, d.B.device)
+    return difference(d, sent) if sent.B.any() else d
 
 
 def upload_bytes(sent: Payload, adapter: Adapter, wire: Wire = "float32") -> int:
