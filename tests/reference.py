@@ -126,7 +126,7 @@ def exact(state: ServerState, module: str, terms: Terms, weights: Weights) -> Te
 
 
 def untouched(state: ServerState, module: str, terms: Terms, weights: Weights) -> Tensor:
-    """Local only; FedSA-LoRA, whose B is at the clients."""
+    """FedSA-LoRA, whose B is at the clients."""
     return torch.zeros(state.G[module].shape, dtype=torch.float64)
 
 
@@ -160,5 +160,4 @@ RULES = {
     "slora": sparse,
     "full": sparse,
     "fedprox": flexlora,
-    "local": untouched,
 }

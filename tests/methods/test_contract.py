@@ -135,7 +135,7 @@ def test_order_of_arrival_does_not_matter(name):
         assert torch.equal(x.G[m].A, y.G[m].A)
 
 
-@pytest.mark.parametrize("name", sorted(set(ALL) - STEPPED - {"flexlora-released", "local"}))
+@pytest.mark.parametrize("name", sorted(set(ALL) - STEPPED - {"flexlora-released"}))
 @pytest.mark.parametrize("count", [1, 3])
 def test_one_client_or_equal_clients_are_the_identity(name, count):
     method = build(name)
@@ -276,7 +276,6 @@ ENTRIES = sum(a * b for a, b in SHAPES.values())
         ("rolora", OUT, N),
         ("fedsa-lora", N - OUT, N - OUT),
         ("full", ENTRIES, ENTRIES),
-        ("local", 0, 0),
     ],
 )
 def test_floats_up_and_down(name, up, down):

@@ -175,7 +175,7 @@ class Method:
         linear: whether the new state depends on the updates only through weighted sums over clients
             (of products, or of factors padded to one rank), so that a secure sum can serve it.
         averages: what the server averages: products (the basis changes with every SVD), factors
-            (the basis stays), what it merges into the patch, or nothing.
+            (the basis stays), or what it merges into the patch.
         stateless: whether clients keep nothing between rounds (needed in cross-device settings).
         prunes: whether a payload may hold a lower rank than its client's `LoraSpec` names.
         optimizer: the local optimiser of its paper, used where the training settings name none.
@@ -193,7 +193,7 @@ class Method:
     mixed_ranks: bool
     exact: bool = False
     linear: bool = False
-    averages: Literal["products", "factors", "patch", "nothing"] = "products"
+    averages: Literal["products", "factors", "patch"] = "products"
     stateless: bool = True
     prunes: bool = False
     optimizer: Optimizer | None = None

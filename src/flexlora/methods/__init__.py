@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Literal, cast, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from flexlora.federation.state import Method
-from flexlora.methods.check import check
 from flexlora.methods.fedavg import fedavg, fedit
 from flexlora.methods.fedex_lora import fedex_lora
 from flexlora.methods.fedopt import fedadam, fedavgm
@@ -18,14 +17,13 @@ from flexlora.methods.flexlora import flexlora, flexlora_released
 from flexlora.methods.flora import flora
 from flexlora.methods.full import full
 from flexlora.methods.hetlora import hetlora
-from flexlora.methods.local import local
 from flexlora.methods.memory import flexlora_memory
 from flexlora.methods.raflora import raflora
 from flexlora.methods.rbla import rbla
 from flexlora.methods.rolora import rolora
 from flexlora.methods.slora import slora
 
-__all__ = ["check", "make", "methods"]
+__all__ = ["make", "methods"]
 
 methods: dict[str, Callable[..., Method]] = {
     "flexlora": flexlora,
@@ -46,7 +44,6 @@ methods: dict[str, Callable[..., Method]] = {
     "fedavgm": fedavgm,
     "fedadam": fedadam,
     "full": full,
-    "local": local,
 }
 """Name, as users write it -> factory; its keyword arguments are the method's settings."""
 
@@ -69,8 +66,8 @@ def make(name: str, **settings: object) -> Method:
         raise ValueError(f"unknown method {name!r}; {_nearest(name, methods)}")
     known = get_type_hints(methods[name])
     known.pop("return", None)
-    if "of" in known and isinstance(settings.get("of"), str | Mapping):
-        settings["of"] = _wrapped(settings["of"])
+    if "of" in settings and "of" in known:
+        settings["of"] = _wrapped(name, settings["of"])
     for setting, value in settings.items():
         if setting not in known:
             nearest = _nearest(setting, known)
@@ -81,10 +78,14 @@ def make(name: str, **settings: object) -> Method:
     return methods[name](**settings)
 
 
-def _wrapped(of: object) -> Method:
-    """The method a wrapper names: `flexlora`, or `{name: flexlora, split: balanced}`."""
-    settings = {"name": of} if isinstance(of, str) else dict(cast(Mapping[str, object], of))
-    return make(str(settings.pop("name", None)), **settings)
+def _wrapped(wrapper: str, of: object) -> Method:
+    """What a wrapper wraps: a method, `flexlora`, or `{name: flexlora, split: balanced}`."""
+    if isinstance(of, Method):
+        return of
+    settings = {"name": of} if isinstance(of, str) else dict(of) if isinstance(of, Mapping) else {}
+    if "name" not in settings:
+        raise ValueError(f"{wrapper}: 'of' is {of!r}; it needs a name, or a mapping with a name.")
+    return make(**settings)
 
 
 def _nearest(word: str, known: Mapping[str, object]) -> str:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from flexlora.adapter import Adapter, LoraSpec, initial_adapter, stable_seed
 from flexlora.federation.state import Client, Payload, ServerState, Wire
 from flexlora.lowrank import LowRank, Split, hand_out, merge
+
+T = TypeVar("T", bound=LowRank | Tensor)
 
 
 def head(G: Adapter, lora: LoraSpec, split: Split = "B") -> dict[str, LowRank]:
@@ -45,19 +49,25 @@ def pack(
         round=state.round + 1,
         base=state.base,
         adapter={m: rounded(d, state.wire) for m, d in adapter.items()},
-        frozen={m: (term,) for m, term in state.patch.items()},
+        frozen={m: (rounded(term, state.wire),) for m, term in state.patch.items()},
         seed=state.seed,
     )
 
 
-def rounded(d: LowRank, wire: Wire) -> LowRank:
-    """What a receiver decodes: factors rounded to the wire's precision, in their own dtype.
+def rounded(term: T, wire: Wire) -> T:
+    """What a receiver decodes: numbers rounded to the wire's precision, in their own dtype.
 
     Rounding here, once, makes every wire lossless and lets a method subtract what was really got.
     """
     if wire == "float32":
-        return d
-    return d.to(getattr(torch, wire)).to(d.B.dtype)
+        return term
+    dtype = term.dtype if isinstance(term, Tensor) else term.B.dtype
+    return cast(T, term.to(dtype=getattr(torch, wire)).to(dtype=dtype))
+
+
+def sent_to(state: ServerState, module: str, d: LowRank, split: Split = "B") -> LowRank:
+    """What the client that returned `d` started from: the head at its rank, as it was decoded."""
+    return rounded(hand_out(state.G[module], d.rank, d.scaling, split), state.wire)
 
 
 def view_of(

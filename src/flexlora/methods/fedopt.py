@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flexlora.federation.state import Method, ServerState, Updates
-from flexlora.lowrank import LowRank, stack, svd
+from flexlora.lowrank import LowRank, svd_sum
 from flexlora.methods.downlink import draw_seed
 from flexlora.methods.fedavg import fedavg
 from flexlora.methods.flexlora import flexlora
@@ -62,9 +62,9 @@ def fedavgm(of: Method | None = None, lr: float = 1.0, momentum: float = 0.9) ->
                 terms.append(LowRank(aux[f"v/{module}/B"], aux[f"v/{module}/A"]))
                 weights.append(momentum)
             seed = draw_seed(state, "fill", module)
-            v = svd(stack(terms, weights), min(2 * g.rank, *g.shape), seed)
+            v = svd_sum(terms, weights, min(2 * g.rank, *g.shape), seed)
             aux |= {f"v/{module}/B": v.B, f"v/{module}/A": v.A}
-            G[module] = svd(stack([g, v], [1.0, lr]), g.rank, seed)
+            G[module] = svd_sum([g, v], [1.0, lr], g.rank, seed)
         return replace(after, G=G, aux=aux)
 
     on_factors = _stepping(inner, step)
@@ -143,6 +143,5 @@ def _check(name: str, inner: Method, allowed: tuple[str, ...], lr: float) -> Non
             "products": "an SVD gives it a new basis every round, in which moments per coordinate "
             "mean nothing; fedavgm works on products",
             "patch": "its step goes into the patch, not into the adapter",
-            "nothing": "it aggregates nothing",
         }
         raise ValueError(f"{name} cannot wrap {inner.name!r}: {reasons[inner.averages]}.")

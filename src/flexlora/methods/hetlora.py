@@ -22,8 +22,8 @@ import torch
 
 from flexlora.adapter import Adapter, LoraSpec
 from flexlora.federation.state import Client, Method, Payload, Penalty, ServerState, Updates
-from flexlora.lowrank import LowRank, hand_out, index_mean, norm_weights, stack
-from flexlora.methods.downlink import head, pack, rounded, view_of
+from flexlora.lowrank import LowRank, index_mean, norm_weights, stack
+from flexlora.methods.downlink import head, pack, sent_to, view_of
 
 
 def hetlora(gamma: float = 0.99, penalty: float = 5e-3, prune: bool = True) -> Method:
@@ -53,7 +53,7 @@ def hetlora(gamma: float = 0.99, penalty: float = 5e-3, prune: bool = True) -> M
         for module, g in state.G.items():
             terms = updates.module(module)
             if prune:
-                terms = [_pruned(d, g, gamma, state) for d in terms]
+                terms = [_pruned(d, sent_to(state, module, d), gamma) for d in terms]
             for client, d in zip(updates.clients, terms, strict=True):
                 ranks[client].append(d.rank)
             mean = index_mean(terms, norm_weights(terms))
@@ -67,6 +67,7 @@ def hetlora(gamma: float = 0.99, penalty: float = 5e-3, prune: bool = True) -> M
         aggregate=aggregate,
         view=view_of(downlink),
         mixed_ranks=True,
+        prunes=prune,
         averages="factors",
         citation="Cho et al.: Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation "
         "Models, EMNLP 2024, arXiv 2401.06432",
@@ -82,10 +83,9 @@ def current_lora(state: ServerState, client: Client) -> LoraSpec:
     return replace(client.lora, r={m: min(r, client.lora.rank(m)) for m, r in pairs})
 
 
-def _pruned(d: LowRank, g: LowRank, gamma: float, state: ServerState) -> LowRank:
+def _pruned(d: LowRank, sent: LowRank, gamma: float) -> LowRank:
     """The update without its tail if that got smaller than the one that was sent."""
     tail = max(1, math.floor(gamma * d.rank))
-    sent = rounded(hand_out(g, d.rank, d.scaling), state.wire)
     return d.prefix(tail) if tail_norm(d, tail) < tail_norm(sent, tail) else d
 
 

@@ -20,8 +20,8 @@ import torch
 
 from flexlora.adapter import Adapter
 from flexlora.federation.state import Client, Method, Payload, ServerState, Updates, iterate
-from flexlora.lowrank import LowRank, Split, difference, hand_out, stack, svd
-from flexlora.methods.downlink import advance, draw_seed, pack, rounded, view_of
+from flexlora.lowrank import LowRank, Split, difference, svd_sum
+from flexlora.methods.downlink import advance, draw_seed, pack, rounded, sent_to, view_of
 
 
 def flexlora_memory(
@@ -52,10 +52,9 @@ def flexlora_memory(
         G, p = {}, updates.weights
         for module, terms in iterate(updates):
             g = state.G[module]
-            sent = [rounded(hand_out(g, d.rank, d.scaling, split), state.wire) for d in terms]
-            changes = [difference(d, s) for d, s in zip(terms, sent, strict=True)]
-            total = stack([g, *changes], [1.0, *(eta * w for w in p)])
-            G[module] = svd(total, g.rank, draw_seed(state, "fill", module))
+            changes = [difference(d, sent_to(state, module, d, split)) for d in terms]
+            seed = draw_seed(state, "fill", module)
+            G[module] = svd_sum([g, *changes], [1.0, *(eta * w for w in p)], g.rank, seed)
         return advance(state, G)
 
     def view(state: ServerState, client: Client | None) -> Adapter:

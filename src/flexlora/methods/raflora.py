@@ -8,13 +8,15 @@ arXiv 2602.13486 (rank collapse in federated low-rank adaptation; its formula wa
 Partitions end at the ranks of the cohort; within one, the owners are the same, so component j of
 client k simply has weight `p_k / q_j`. A partition that nobody in the cohort owns keeps its part of
 the old G. Components are a client's own rows, so the result depends on the gauge of its factors.
+Computed as `G + sum (p_k / q_j) (D_k - D_k_sent)`: the same, since what was sent sums to the owned
+part of G, and without training G stays as it is at any precision of the wire.
 """
 
 from __future__ import annotations
 
 from flexlora.federation.state import Client, Method, Payload, ServerState, Updates, iterate
-from flexlora.lowrank import LowRank, Split, owned, stack, svd
-from flexlora.methods.downlink import advance, draw_seed, pack, view_of
+from flexlora.lowrank import LowRank, Split, difference, owned, svd_sum
+from flexlora.methods.downlink import advance, draw_seed, pack, sent_to, view_of
 
 
 def raflora(split: Split = "B") -> Method:
@@ -27,6 +29,16 @@ def raflora(split: Split = "B") -> Method:
     def downlink(state: ServerState, client: Client) -> Payload:
         return pack(state, client, split=split)
 
+    def aggregate(state: ServerState, updates: Updates) -> ServerState:
+        G, p = {}, updates.weights
+        for module, terms in iterate(updates):
+            g, q = state.G[module], owned(terms, p).to(terms[0].B)
+            changes = [difference(d, sent_to(state, module, d, split)) for d in terms]
+            shared = [LowRank(c.B / q[: c.rank // 2].repeat(2), c.A, c.scaling) for c in changes]
+            seed = draw_seed(state, "fill", module)
+            G[module] = svd_sum([g, *shared], [1.0, *p], g.rank, seed)
+        return advance(state, G)
+
     return Method(
         name="raflora",
         downlink=downlink,
@@ -36,15 +48,3 @@ def raflora(split: Split = "B") -> Method:
         linear=True,
         citation="raFLoRA, arXiv 2602.13486",
     )
-
-
-def aggregate(state: ServerState, updates: Updates) -> ServerState:
-    """The owners' weighted sum of products and the old unowned partition, truncated."""
-    G = {}
-    for module, terms in iterate(updates):
-        g, p = state.G[module], updates.weights
-        q = owned(terms, p).to(terms[0].B)
-        shared = [LowRank(d.B / q[: d.rank], d.A, d.scaling) for d in terms]
-        total = stack([*shared, g.suffix(len(q))], [*p, 1.0])
-        G[module] = svd(total, g.rank, draw_seed(state, "fill", module))
-    return advance(state, G)

@@ -7,14 +7,15 @@ Models in FLaaS, ICWS 2024, arXiv 2408.08699.
     q_j = sum of p_k over clients with r_k >= j
 
 Small clients do not dilute the components they lack, as zero padding would. Components that nobody
-in the cohort holds stay as they are.
+in the cohort holds stay as they are. The mean is taken of the changes to what was sent: the same,
+and an untrained component stays as it is at any precision of the wire.
 """
 
 from __future__ import annotations
 
 from flexlora.federation.state import Method, ServerState, Updates, iterate
-from flexlora.lowrank import index_mean, stack
-from flexlora.methods.downlink import advance, pack, view_of
+from flexlora.lowrank import LowRank, index_mean
+from flexlora.methods.downlink import advance, pack, sent_to, view_of
 
 
 def rbla() -> Method:
@@ -40,6 +41,13 @@ def aggregate(state: ServerState, updates: Updates) -> ServerState:
     """The owners' mean of each component; unowned ones as before."""
     G = {}
     for module, terms in iterate(updates):
-        mean = index_mean(terms, updates.weights, pad="owner")
-        G[module] = stack([mean, state.G[module].suffix(mean.rank)])
+        g, sent = state.G[module], [sent_to(state, module, d) for d in terms]
+        changes = [
+            LowRank(d.B - s.B, d.A - s.A, d.scaling) for d, s in zip(terms, sent, strict=True)
+        ]
+        mean = index_mean(changes, updates.weights, pad="owner")
+        B, A = g.B.to(mean.B.dtype).clone(), g.A.to(mean.A.dtype).clone()
+        B[:, : mean.rank] += mean.B
+        A[: mean.rank] += mean.A
+        G[module] = LowRank(B, A)
     return advance(state, G)
