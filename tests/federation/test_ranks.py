@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexlora.adapter import LoraSpec
@@ -37,6 +37,7 @@ def test_the_papers_types_match_a_llama():
     assert spec.rank("transformer.h.0.mlp.c_proj") == 200
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(["uniform", "heavy-tail-light", "heavy-tail-strong", "normal"]),
     st.integers(2, 60),

@@ -1,7 +1,7 @@
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexlora.federation.sampling import cohort, coverage
@@ -9,6 +9,7 @@ from flexlora.federation.sampling import cohort, coverage
 IDS = [f"c{i:03}" for i in range(60)]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10), st.integers(1, 50), st.integers(1, 60), st.floats(0, 0.9))
 def test_a_cohort_is_a_pure_function_without_repeats(seed, round, size, drop_out):
     invited = cohort(seed, round, IDS, size)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from flexlora.adapter import Adapter
@@ -195,32 +196,37 @@ def _finite(x: Tensor) -> bool:
 
 
 def change_norm(adapter: Adapter, sent: Adapter) -> float:
-    """Frobenius norm of what training changed, over all modules, from factors.
+    """How far training moved an adapter: the largest of three Frobenius norms over all modules.
 
-    `||D - D0||^2 = s^2 ||dB A + B0 dA||^2` with `dB = B - B0`, `dA = A - A0`: subtracting the
-    factors first loses no digits where subtracting norms would. A product of lower rank is compared
-    with that prefix of what was sent. Infinite where float32 overflows.
+    That of the product, `||D - D0|| = s ||dB A + B0 dA||` with `dB = B - B0`, `dA = A - A0`, and
+    those of its factors, `s ||dB||` and `||dA||`: methods that average factors or keep B at the
+    client would not see a huge A beside a B of zero in the product. Subtracting the factors first
+    loses no digits where subtracting norms would. A product of lower rank is compared with that
+    prefix of what was sent. Infinite where float32 overflows.
 
     >>> import torch
-    >>> sent = {"q": LowRank(torch.ones(2, 1), torch.ones(1, 2), 0.5)}
-    >>> change_norm({"q": LowRank(torch.ones(2, 1), 3 * torch.ones(1, 2), 0.5)}, sent)
-    2.0
+    >>> sent = {"q": LowRank(torch.ones(2, 1), torch.ones(1, 2), 2.0)}
+    >>> change_norm({"q": LowRank(torch.ones(2, 1), 3 * torch.ones(1, 2), 2.0)}, sent)
+    8.0
     """
-    total = sum(float(_change_square(d, sent[m])) for m, d in adapter.items())
-    if math.isnan(total):  # infinity less infinity; max() would make it 0
-        return math.inf
-    return math.sqrt(max(total, 0.0))
+    totals = sum(_change_squares(d, sent[m]) for m, d in adapter.items())
+    if not isinstance(totals, Tensor):
+        return 0.0
+    largest = float(totals.max())  # NaN (infinity less infinity) passes through max of a tensor
+    return math.inf if math.isnan(largest) else math.sqrt(max(largest, 0.0))
 
 
-def _change_square(d: LowRank, sent: LowRank) -> Tensor:
+def _change_squares(d: LowRank, sent: LowRank) -> Float[Tensor, " 3"]:
     dtype = torch.promote_types(d.B.dtype, torch.float32)
     d, sent = d.to(dtype), sent.prefix(d.rank).to(dtype, d.B.device)
     dB, dA = d.B - sent.B, d.A - sent.A
-    square = ((dB.T @ dB) * (d.A @ d.A.T)).sum()
+    gram_B, gram_A = dB.T @ dB, dA @ dA.T
+    product = (gram_B * (d.A @ d.A.T)).sum()
     if sent.B.any():
-        square = square + ((sent.B.T @ sent.B) * (dA @ dA.T)).sum()
-        square = square + 2 * ((dB.T @ sent.B) * (d.A @ dA.T)).sum()
-    return d.scaling**2 * square
+        product = product + ((sent.B.T @ sent.B) * gram_A).sum()
+        product = product + 2 * ((dB.T @ sent.B) * (d.A @ dA.T)).sum()
+    s2 = d.scaling**2
+    return torch.stack([s2 * product, s2 * gram_B.trace(), gram_A.trace()]).double()
 
 
 def _plain(metrics: object) -> dict[str, float]:

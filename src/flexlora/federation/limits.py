@@ -18,7 +18,7 @@ NORMS = "admission.norms"
 class Limits:
     """How far one update may move the model.
 
-    The norm is that of the change, `sqrt(sum over modules ||D_k - D_k_sent||_F^2)`.
+    The norm is that of the change, :func:`~flexlora.federation.admission.change_norm`.
 
     Attributes:
         first_norm: bound while no earlier round has admitted anything. Far above honest training:
