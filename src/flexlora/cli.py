@@ -32,6 +32,14 @@ OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 """What a verb does not know is an override of the configuration, `--section.key value`."""
 
 
+class Split(StrEnum):
+    """A part of a client's examples."""
+
+    train = "train"
+    eval = "eval"
+    test = "test"
+
+
 class Format(StrEnum):
     """How results are printed."""
 
@@ -96,13 +104,13 @@ def evaluate(
     adapter: Annotated[
         Path | None, typer.Option(help="A PEFT folder instead of the run's own adapter.")
     ] = None,
-    split: Annotated[str, typer.Option(help="train, eval or test.")] = "test",
+    split: Annotated[Split, typer.Option(help="Which of the clients' examples.")] = Split.test,
     format: As = Format.text,
 ) -> None:
     """Measure a run's adapter, or any other, on the run's seen and unseen clients."""
     from flexlora.experiment.evaluation import describe, evaluate_run
 
-    _print(evaluate_run(folder, adapter, split, _console(format)), format, describe)
+    _print(evaluate_run(folder, adapter, split.value, _console(format)), format, describe)
 
 
 @app.command()

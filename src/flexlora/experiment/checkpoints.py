@@ -35,6 +35,7 @@ class Progress:
         best_round: round with the best monitored loss, 0 if none was measured.
         best_loss: that loss.
         stale: evaluations since.
+        sizes: what `auto` settings stood for when the run began.
         ranks: client id -> the distinct ranks its model really had.
     """
 
@@ -43,6 +44,7 @@ class Progress:
     best_round: int = 0
     best_loss: float | None = None
     stale: int = 0
+    sizes: Mapping[str, int] = field(default_factory=dict)
     ranks: Mapping[str, list[int]] = field(default_factory=dict)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from flexlora.adapter import Adapter, Shapes, initial_adapter, load_peft
@@ -14,20 +15,26 @@ from flexlora.lowrank import svd
 
 
 def first_state(experiment: Experiment, fingerprint: str) -> ServerState:
-    """The state before round 1: PEFT's initial adapter at the largest rank, or a warm start.
+    """PEFT's initial adapter at the largest rank of each module, or the configured warm start.
 
     Raises:
         Failure: a warm start that does not fit.
     """
-    config = experiment.config
+    state, folder = cold_state(experiment, fingerprint), experiment.config.lora.warm_start
+    if folder is not None:
+        ranks = {m: d.rank for m, d in state.G.items()}
+        G = warm(Path(folder), experiment.shapes, ranks, fingerprint, state.seed)
+        state = replace(state, G=G)
+    return experiment.method.start(state)
+
+
+def cold_state(experiment: Experiment, fingerprint: str) -> ServerState:
+    """The initial adapter, before the method has had a say."""
     specs = [c.lora for c in experiment.clients.values()]
     ranks = {m: max(s.rank(m) for s in specs) for m in experiment.shapes}
-    seed = config.federation.seed
-    G: Adapter = initial_adapter(experiment.shapes, ranks, seed)
-    if config.lora.warm_start is not None:
-        G = warm(Path(config.lora.warm_start), experiment.shapes, ranks, fingerprint, seed)
-    state = ServerState(0, fingerprint, G, seed=seed, wire=config.federation.wire)
-    return experiment.method.start(state)
+    federation = experiment.config.federation
+    G = initial_adapter(experiment.shapes, ranks, federation.seed)
+    return ServerState(0, fingerprint, G, seed=federation.seed, wire=federation.wire)
 
 
 def warm(

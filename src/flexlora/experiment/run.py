@@ -41,7 +41,7 @@ from flexlora.experiment.summary import (
     summarise,
 )
 from flexlora.experiment.trackers import Log, trackers
-from flexlora.experiment.workshop import Workshop, open_workshop
+from flexlora.experiment.workshop import Workshop, open_workshop, settle, settled
 from flexlora.federation import run as federation
 from flexlora.federation.spool import Spool
 from flexlora.federation.state import ServerState
@@ -92,6 +92,7 @@ def proceed(folder: Path, console: Console) -> dict[str, Any]:
     state, progress = load_checkpoint(saved[-1])
     runs.cut_metrics(folder, progress.metrics_bytes)
     console.say(f"{folder}: going on after round {state.round}")
+    shop = settled(shop, progress.sizes)
     return _go_on(shop, state, progress, stopwatch(progress.seconds + clock()))
 
 
@@ -104,6 +105,8 @@ def stopwatch(already: float = 0.0) -> Clock:
 def _begin(shop: Workshop, state: ServerState, clock: Clock) -> dict[str, Any]:
     """Say what is to come, measure the base model, save round 0, and go on from there."""
     wanted, say = shop.experiment.config.evaluation, shop.console.say
+    sizes = settle(shop, state)
+    shop = settled(shop, sizes)
     say(introduction(shop))
     with blame(DATA, "evaluation"):
         samples = sample_answers(shop, BASE, wanted.samples)
@@ -112,7 +115,7 @@ def _begin(shop: Workshop, state: ServerState, clock: Clock) -> dict[str, Any]:
             say(f"\nThe base model, before any training:\n\n{describe_samples(samples)}\n")
         _note(shop, measure(shop, BASE, "test", wanted.metrics, wanted.max_clients))
         _on_the_way(shop, BASE)
-    progress = _save(shop, state, Progress(), clock)
+    progress = _save(shop, state, Progress(sizes=sizes), clock)
     return _go_on(shop, state, progress, clock)
 
 

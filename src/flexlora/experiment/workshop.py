@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flexlora.engines.embedded import Embedded, Prompting
@@ -10,7 +11,9 @@ from flexlora.experiment.build import Experiment, build
 from flexlora.experiment.config import Config
 from flexlora.experiment.console import Console
 from flexlora.experiment.errors import MODEL, blame
+from flexlora.federation.state import ServerState
 from flexlora.training.client import Progress
+from flexlora.training.memory import group_size, token_budget
 from flexlora.training.models import Base, load_base
 
 
@@ -65,3 +68,24 @@ def open_workshop(config: Config, folder: Path, console: Console) -> Workshop:
         on_step,
     )
     return Workshop(folder, experiment, base, engine, console)
+
+
+def settle(shop: Workshop, state: ServerState) -> dict[str, int]:
+    """What `auto` stands for on this machine, so that a resume elsewhere computes the same bits."""
+    e, training = shop.experiment, shop.engine.training
+    widest = max(e.clients.values(), key=lambda c: sum(c.lora.rank(m) for m in e.shapes))
+    cohort = [e.method.downlink(state, widest)] * e.schedule.cohort_size
+    return {
+        "group_size": group_size(training.group_size, shop.base, cohort),
+        "tokens_per_forward": token_budget(training.tokens_per_forward, shop.base),
+    }
+
+
+def settled(shop: Workshop, sizes: Mapping[str, int]) -> Workshop:
+    """The same workshop with these sizes in place of `auto`."""
+    training = replace(
+        shop.engine.training,
+        group_size=sizes["group_size"],
+        tokens_per_forward=sizes["tokens_per_forward"],
+    )
+    return replace(shop, engine=replace(shop.engine, training=training))

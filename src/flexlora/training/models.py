@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -100,6 +100,22 @@ def as_base(model: PreTrainedModel, tokenizer: Any, name: str) -> Base:
         tokenizer.pad_token = tokenizer.eos_token
     flat = attention.enable(model)
     return Base(model, tokenizer, name, fingerprint(model), linear_shapes(model), flat)
+
+
+def outline(model: str) -> tuple[dict[str, tuple[int, int]], int]:
+    """Linear layers and number of parameters, from a model's configuration: no weight is read.
+
+    Raises:
+        ModelError: not found, or a configuration that cannot be read.
+    """
+    source = find(model)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model {model!r}: no configuration: {_first_line(error)}") from error
+    return linear_shapes(empty), sum(p.numel() for p in empty.parameters())
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
