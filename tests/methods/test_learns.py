@@ -20,6 +20,9 @@ from flexlora.methods import make, methods
 from flexlora.training.penalties import value
 
 STEPS, RATE, ROUNDS = 15, 0.03, 8
+SETTINGS = {"slora": {"rounds": 2, "density": 0.5}, "fedadam": {"lr": 0.1}}
+LEFT = {"ffa-lora": 0.9}
+"""Share of the loss that may be left; FFA sees a random subspace of 1 or 2 dimensions here."""
 
 
 def target(client):
@@ -83,8 +86,7 @@ def fit(payload, client, optimizer):
 
 @pytest.mark.parametrize("name", sorted(methods))
 def test_loss_falls(name):
-    settings = {"rounds": 2, "density": 0.5} if name == "slora" else {}
-    method = make(name, **settings)
+    method = make(name, **SETTINGS.get(name, {}))
     clients = MIXED if method.mixed_ranks else EQUAL
     state, kept = first_state(method), {}
 
@@ -120,5 +122,4 @@ def test_loss_falls(name):
             updates.add(Update(client.id, payload.round, "base", answer, client.num_examples))
         state = method.aggregate(state, updates)
     after = losses()
-    print(name, [round(b / a, 3) for a, b in zip(before, after, strict=True)])
-    assert all(b < 0.8 * a for a, b in zip(before, after, strict=True))
+    assert all(b < LEFT.get(name, 0.7) * a for a, b in zip(before, after, strict=True))

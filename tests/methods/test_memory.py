@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
-from cohorts import LARGE, MIXED, SHAPES, collect, effective, first_state, nothing, play
+from cohorts import LARGE, MIXED, SHAPES, SMALL, R, collect, effective, first_state, nothing, play
 
+from flexlora.adapter import LoraSpec
 from flexlora.lowrank import LowRank
 from flexlora.methods import make
 
@@ -70,36 +71,31 @@ def test_fold_sends_the_rest_of_G_frozen():
             torch.testing.assert_close(method.view(state, client)[m].dense(), whole)
 
 
-def towards(target):
-    """Local training that reaches the best update of its rank for what it can see."""
+@pytest.mark.parametrize(("fold", "times"), [(False, 2.0), (True, 1.0)])
+def test_without_fold_a_small_client_adds_the_tail_a_second_time(fold, times):
+    """The overshoot: its data ask for a direction that G has, beyond the rank it can see."""
+    method = make("flexlora-memory", fold=fold)
+    client = replace(SMALL, lora=LoraSpec(1, lora_alpha=6))
+    U = {m: torch.eye(o, R[m], dtype=torch.float64) for m, (o, i) in SHAPES.items()}
+    Vh = {m: torch.eye(R[m], i, dtype=torch.float64) for m, (o, i) in SHAPES.items()}
+    S = torch.tensor([5.0, 3.0, 0.0, 0.0], dtype=torch.float64)
+    G = {m: LowRank(U[m] * S[: R[m]], Vh[m]) for m in SHAPES}
 
-    def train(payload):
+    def learns_what_it_lacks(payload):
         trained = {}
         for m, d in payload.adapter.items():
-            seen = sum((t.dense() for t in payload.frozen.get(m, ())), torch.zeros(1).double())
-            U, S, Vh = torch.linalg.svd(target[m] - seen, full_matrices=False)
-            B = U[:, : d.rank] * S[: d.rank] / d.scaling
-            trained[m] = LowRank(B, Vh[: d.rank], d.scaling)
+            direction = Vh[m][1]
+            seen = sum((t.dense() for t in payload.frozen.get(m, ())), d.dense()) @ direction
+            missing = U[m][:, 1] * 3 - seen
+            B, A = missing[:, None] / d.scaling, direction[None]
+            trained[m] = LowRank(B, A, d.scaling) if missing.norm() > 1e-9 else d
         return trained
 
-    return train
-
-
-def test_without_fold_small_clients_add_the_tail_again():
-    """The overshoot: a small client whose best head is not G's own head adds what G already has."""
-    target = {
-        m: torch.diag(torch.ones(9, dtype=torch.float64))[:o, :i] for m, (o, i) in SHAPES.items()
-    }
-    flat = {m: t * torch.arange(9, 9 - t.shape[1], -1).double() for m, t in target.items()}
-    ends = {}
-    for fold in (False, True):
-        method = make("flexlora-memory", fold=fold)
-        state = play(method, 1, train=towards(flat))
-        turned = {m: t.flip(1) for m, t in flat.items()}  # the task turns: heads no longer fit
-        for _ in range(4):
-            state = play(method, 1, train=towards(turned), state=state)
-        ends[fold] = sum(float((state.G[m].dense() - turned[m]).norm()) for m in SHAPES)
-    assert ends[True] < ends[False]
+    state = replace(first_state(method), G=G)
+    after = play(method, 1, (client,), learns_what_it_lacks, state)
+    for m in SHAPES:
+        at_direction = U[m][:, 1] @ after.G[m].dense() @ Vh[m][1]
+        torch.testing.assert_close(at_direction.item(), times * 3.0)
 
 
 def test_collapse_and_its_remedy():
