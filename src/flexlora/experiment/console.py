@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 QUIET_SECONDS = 20.0
@@ -40,3 +41,17 @@ class Console:
         """Take the live line away."""
         if self._status is not None:
             self._status.stop()
+
+
+Clock = Callable[[], float]
+"""Seconds that a run has taken, earlier sittings included."""
+
+
+def stopwatch(already: float = 0.0) -> Clock:
+    """Seconds since now, on top of what was spent before.
+
+    >>> stopwatch(5.0)() >= 5.0
+    True
+    """
+    began = time.monotonic() - already
+    return lambda: time.monotonic() - began

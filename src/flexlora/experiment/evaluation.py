@@ -14,9 +14,11 @@ from flexlora.experiment.console import Console
 from flexlora.experiment.errors import MODEL, blame
 from flexlora.experiment.export import final_state
 from flexlora.experiment.initial import insist_on_base
-from flexlora.experiment.runs import identify, open_run
+from flexlora.experiment.runs import append_metrics, identify, open_run
+from flexlora.experiment.summary import evaluation_line
+from flexlora.experiment.trackers import Log
 from flexlora.experiment.workshop import Workshop, open_workshop
-from flexlora.federation.state import ServerState, Term
+from flexlora.federation.state import ServerState, Term, ranks_of
 from flexlora.training.evaluate import Metric, Scores, summary
 
 CLIENTS_AT_ONCE = 32
@@ -110,19 +112,29 @@ def measure(
 
 def measure_own(shop: Workshop, state: ServerState, limit: int | None) -> dict[str, Any]:
     """Answer loss of seen clients, each under what it would be handed at its own rank."""
-    e, found = shop.experiment, dict[str, Scores]()
-    for some in _portions(sample(shop, e.seen, "test", limit)):
+    e, found, ranks = shop.experiment, dict[str, Scores](), dict[str, list[int]]()
+    registered = [c for c in e.seen if c in e.clients]
+    for some in _portions(sample(shop, registered, "test", limit)):
         shop.console.progress(f"evaluating clients at their own ranks: {len(found)} done")
         views = {c: e.method.view(state, e.clients[c]) for c in some}
+        ranks |= {c: sorted(set(ranks_of(view).values())) for c, view in views.items()}
         found |= ask(shop, views, state.patch, "test", {"loss"})
     seen = table(e.population, found)
-    return {"round": state.round, "split": "test", "view": "own", "seen": seen}
+    return {"round": state.round, "split": "test", "view": "own", "seen": seen, "ranks": ranks}
 
 
 def _portions(clients: Sequence[str]) -> Iterator[Sequence[str]]:
     """A few clients at a time: bounds the memory of their text and of their own views."""
     for start in range(0, len(clients), CLIENTS_AT_ONCE):
         yield clients[start : start + CLIENTS_AT_ONCE]
+
+
+def note(shop: Workshop, line: Mapping[str, Any], log: Log | None = None) -> None:
+    """An evaluation to `metrics.jsonl`, to the trackers and to people."""
+    append_metrics(shop.folder, "evaluation", line)
+    if log:
+        log({line["split"]: {line["view"]: line}}, line["round"])
+    shop.console.say(evaluation_line(line))
 
 
 def sample_answers(shop: Workshop, view: View, count: int) -> list[dict[str, str]]:

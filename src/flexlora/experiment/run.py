@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flexlora.experiment import runs
+from flexlora.experiment.bounds import alone, bounded
 from flexlora.experiment.checkpoints import (
     Progress,
     checkpoints,
@@ -19,7 +18,7 @@ from flexlora.experiment.checkpoints import (
     save_checkpoint,
 )
 from flexlora.experiment.config import Config
-from flexlora.experiment.console import Console
+from flexlora.experiment.console import Clock, Console, stopwatch
 from flexlora.experiment.errors import DATA, blame
 from flexlora.experiment.evaluation import (
     BASE,
@@ -27,6 +26,7 @@ from flexlora.experiment.evaluation import (
     global_view,
     measure,
     measure_own,
+    note,
     sample_answers,
 )
 from flexlora.experiment.export import save_adapter
@@ -35,7 +35,6 @@ from flexlora.experiment.plots import plot_loss
 from flexlora.experiment.samples import describe_samples, read_samples, write_samples
 from flexlora.experiment.summary import (
     describe,
-    evaluation_line,
     introduction,
     round_line,
     summarise,
@@ -50,9 +49,6 @@ SPOOL_BYTES = 1 << 30
 """Updates of a round beyond this go to disk."""
 
 
-Clock = Callable[[], float]
-
-
 def start(config: Config, name: str, console: Console) -> dict[str, Any]:
     """A new run in a directory of its own; returns its summary.
 
@@ -65,7 +61,7 @@ def start(config: Config, name: str, console: Console) -> dict[str, Any]:
         Failure: anything a user can act on.
     """
     clock = stopwatch()
-    shop = open_workshop(config, Path(), console)
+    shop = bounded(open_workshop(config, Path(), console))
     state = first_state(shop.experiment, shop.base.fingerprint)
     shop = replace(shop, folder=runs.create(config, name))
     runs.identify(shop.folder, shop.base.name, shop.base.fingerprint)
@@ -83,7 +79,7 @@ def proceed(folder: Path, console: Console) -> dict[str, Any]:
         summary = runs.read(folder / "summary.json")
         console.say(f"{folder} is finished.\n\n{describe(summary)}")
         return summary
-    shop = open_workshop(config, folder, console)
+    shop = bounded(open_workshop(config, folder, console))
     runs.identify(folder, shop.base.name, shop.base.fingerprint)
     saved = checkpoints(folder / "checkpoints")
     if not saved:  # killed before anything was trained
@@ -94,12 +90,6 @@ def proceed(folder: Path, console: Console) -> dict[str, Any]:
     console.say(f"{folder}: going on after round {state.round}")
     shop = settled(shop, progress.sizes)
     return _go_on(shop, state, progress, stopwatch(progress.seconds + clock()))
-
-
-def stopwatch(already: float = 0.0) -> Clock:
-    """Seconds since now, on top of those of earlier sittings."""
-    began = time.monotonic() - already
-    return lambda: time.monotonic() - began
 
 
 def _begin(shop: Workshop, state: ServerState, clock: Clock) -> dict[str, Any]:
@@ -113,7 +103,7 @@ def _begin(shop: Workshop, state: ServerState, clock: Clock) -> dict[str, Any]:
         write_samples(shop.folder, before=samples)
         if samples:
             say(f"\nThe base model, before any training:\n\n{describe_samples(samples)}\n")
-        _note(shop, measure(shop, BASE, "test", wanted.metrics, wanted.max_clients))
+        note(shop, measure(shop, BASE, "test", wanted.metrics, wanted.max_clients))
         _on_the_way(shop, BASE)
     progress = _save(shop, state, Progress(sizes=sizes), clock)
     return _go_on(shop, state, progress, clock)
@@ -121,6 +111,8 @@ def _begin(shop: Workshop, state: ServerState, clock: Clock) -> dict[str, Any]:
 
 def _go_on(shop: Workshop, state: ServerState, progress: Progress, clock: Clock) -> dict[str, Any]:
     """The rounds that are left, the last evaluation, the exports and the summary."""
+    if shop.experiment.config.method.name == "local-only":
+        return alone(shop, state, clock)
     e, folder, wanted = shop.experiment, shop.folder, shop.experiment.config.evaluation
     with trackers(e.config.report_to, folder, e.config.model_dump(mode="json")) as log:
         state, progress = _rounds(shop, state, progress, clock, log)
@@ -130,7 +122,7 @@ def _go_on(shop: Workshop, state: ServerState, progress: Progress, clock: Clock)
         after = measure(shop, view, "test", wanted.metrics, wanted.max_clients)
         own = measure_own(shop, state, wanted.max_clients)
         for line in (after, own):
-            _note(shop, line, log)
+            note(shop, line, log)
     samples = read_samples(folder)
     later = sample_answers(shop, view, wanted.samples)
     write_samples(folder, before=samples, after=later)
@@ -145,7 +137,7 @@ def _go_on(shop: Workshop, state: ServerState, progress: Progress, clock: Clock)
         rounds=state.round,
         method=e.config.method.name,
         own_rank_loss=own["seen"]["mean"].get("loss"),
-        ranks=progress.ranks,
+        ranks=dict(sorted({**own["ranks"], **progress.ranks}.items())),
     )
     runs.write(folder / "summary.json", json.dumps(summary, indent=2))
     shop.console.rest()
@@ -195,7 +187,7 @@ def _on_the_way(shop: Workshop, view: View, log: Log | None = None) -> float | N
         return None
     metrics, limit = config.evaluation.metrics_on_the_way, config.checkpoints.monitor_clients
     line = measure(shop, view, "eval", metrics, limit)
-    _note(shop, line, log)
+    note(shop, line, log)
     loss: float | None = line["seen"]["mean"].get("loss")
     return loss
 
@@ -229,11 +221,3 @@ def _first_answer(shop: Workshop, state: ServerState) -> None:
     for sample in sample_answers(shop, global_view(shop, state), 1):
         answer = " ".join(sample["answer"].split())
         shop.console.say(f"  [{sample['client']}] after one round answers: {answer[:200]}")
-
-
-def _note(shop: Workshop, line: dict[str, Any], log: Log | None = None) -> None:
-    """An evaluation to `metrics.jsonl`, to the trackers and to people."""
-    runs.append_metrics(shop.folder, "evaluation", line)
-    if log:
-        log({line["split"]: {line["view"]: line}}, line["round"])
-    shop.console.say(evaluation_line(line))

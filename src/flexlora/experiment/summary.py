@@ -73,7 +73,9 @@ def introduction(shop: Workshop) -> str:
     e = shop.experiment
     ranks = count({c: client.lora.r for c, client in e.clients.items()})
     schedule, seed = e.schedule, e.config.federation.seed
-    covered = coverage(seed, schedule.rounds, e.seen, schedule.cohort_size, schedule.drop_out)
+    covered = coverage(
+        seed, schedule.rounds, list(e.clients), schedule.cohort_size, schedule.drop_out
+    )
     lines = [
         f"{shop.base.name} (fingerprint {shop.base.fingerprint}), {e.config.method.name}, "
         f"{schedule.setting}",
@@ -104,7 +106,7 @@ def evaluation_line(line: Mapping[str, Any]) -> str:
     own = ", each client at its own rank" if line["view"] == "own" else ""
     cells = []
     for group in ("seen", "unseen"):
-        means = line.get(group, {}).get("mean", {})
+        means = line.get(group, {}).get("mean", {})  # empty where nobody was asked
         numbers = ", ".join(f"{LABELS[m]} {means[m]:.3f}" for m in LABELS if m in means)
         if numbers:
             cells.append(f"{group}: {numbers}")
