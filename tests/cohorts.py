@@ -64,9 +64,7 @@ def collect(
     for client in clients:
         payload = method.downlink(state, client)
         adapter = train(payload)
-        updates.add(
-            Update(client.id, payload.round, payload.base, adapter, client.num_examples)
-        )
+        updates.add(Update(client.id, payload.round, payload.base, adapter, client.num_examples))
     return updates
 
 
@@ -85,7 +83,9 @@ def play(
     return state
 
 
-def effective(state: ServerState, method: Method, client: Client | None = None) -> dict[str, torch.Tensor]:
+def effective(
+    state: ServerState, method: Method, client: Client | None = None
+) -> dict[str, torch.Tensor]:
     """Dense change of every weight: patch + view."""
     view = method.view(state, client)
     return {m: dense(d) + dense(state.patch.get(m)) for m, d in view.items()}

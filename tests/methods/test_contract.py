@@ -258,6 +258,12 @@ def test_what_is_not_trained_does_not_move(name):
             assert torch.equal(d.B, payload.adapter[m].B) == ("B" not in payload.train)
 
 
+def test_rolora_starts_with_B_and_alternates():
+    method = make("rolora")
+    trained = [method.downlink(play(method, n), SMALL).train for n in range(4)]
+    assert trained == ["B", "A", "B", "A"]
+
+
 N = sum(sum(s) * SMALL.lora.rank(m) for m, s in SHAPES.items())
 OUT = sum(s[0] * SMALL.lora.rank(m) for m, s in SHAPES.items())
 ENTRIES = sum(a * b for a, b in SHAPES.values())

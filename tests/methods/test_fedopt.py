@@ -7,6 +7,7 @@ import reference
 import torch
 from cohorts import EQUAL, MIXED, SHAPES, collect, effective, first_state, play
 
+from flexlora.federation.state import Penalty
 from flexlora.methods import make
 
 
@@ -88,6 +89,15 @@ def test_plain_settings_are_the_wrapped_method():
 def test_combinations_that_mean_nothing_are_refused_with_a_sentence(wrapper, of, reason):
     with pytest.raises(ValueError, match=f"{wrapper}.*{of}.*{reason}"):
         make(wrapper, of=of)
+
+
+def test_fedprox_adds_its_term_to_any_payload():
+    for of in ("flexlora", "fedavg", "flora"):
+        method, inner = make("fedprox", of=of, mu=0.3), make(of)
+        payload = method.downlink(first_state(method), EQUAL[0])
+        assert payload.penalty == Penalty("prox", 0.3)
+        assert inner.downlink(first_state(inner), EQUAL[0]).penalty is None
+        assert method.mixed_ranks == inner.mixed_ranks
 
 
 @pytest.mark.parametrize(("of", "reason"), [("hetlora", "local loss term"), ("full", "no factors")])

@@ -12,17 +12,15 @@ from flexlora.lowrank.decompose import (
     svd_sum,
 )
 from flexlora.lowrank.mask import Mask
+from flexlora.lowrank.mean import index_mean, norm_weights, owned
 from flexlora.lowrank.product import (
     LowRank,
     Split,
     difference,
     hand_out,
-    index_mean,
     inner,
     merge,
     norm,
-    norm_weights,
-    owned,
     stack,
 )
 

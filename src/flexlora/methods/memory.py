@@ -1,7 +1,8 @@
 """FlexLoRA with server memory: aggregate the changes clients made, not the weights they hold.
 
-The update rule of FedHL (arXiv 2505.18494) and FedHera (2026), here with weights by data size, on
-FlexLoRA's products (arXiv 2402.11505).
+The update rule of FedHL (Peng, Zeng, Li, Li, Chen, Wang: Federated Learning for Heterogeneous
+Low-Rank Adaptation via Unbiased Aggregation, 2025, arXiv 2505.18494) and of FedHera (2026), here
+with weights by data size, on FlexLoRA's products (arXiv 2402.11505).
 
     G <- G + eta sum_k p_k (D_k - D_k_sent)
 
@@ -71,7 +72,8 @@ def flexlora_memory(
         mixed_ranks=True,
         linear=True,
         down="R (d_out + d_in)" if fold else "r (d_out + d_in)",
-        citation="update rule of FedHL, arXiv 2505.18494, on FlexLoRA, arXiv 2402.11505",
+        citation="update rule of Peng et al.: FedHL: Federated Learning for Heterogeneous Low-Rank "
+        "Adaptation via Unbiased Aggregation, 2025, arXiv 2505.18494",
         start=start,
     )
 

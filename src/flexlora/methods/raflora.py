@@ -1,6 +1,7 @@
 """raFLoRA: sum products, each rank partition weighted over the clients that own it.
 
-arXiv 2602.13486 (rank collapse in federated low-rank adaptation; its formula was read in a port).
+Wu, Hu, Min, Wang: Preventing Rank Collapse in Federated Low-Rank Adaptation with Client
+Heterogeneity, 2026, arXiv 2602.13486 (the rule below was read in a port of it).
 
     D = sum over partitions (l, h] of sum_{k: r_k >= h} (n_k / n_owners) s_k B_k[:, l:h] A_k[l:h]
     G = trunc_R(D)
@@ -46,5 +47,6 @@ def raflora(split: Split = "B") -> Method:
         view=view_of(downlink),
         mixed_ranks=True,
         linear=True,
-        citation="raFLoRA, arXiv 2602.13486",
+        citation="Wu et al.: Preventing Rank Collapse in Federated Low-Rank Adaptation with Client "
+        "Heterogeneity, 2026, arXiv 2602.13486",
     )
