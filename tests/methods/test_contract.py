@@ -258,6 +258,19 @@ def test_what_is_not_trained_does_not_move(name):
             assert torch.equal(d.B, payload.adapter[m].B) == ("B" not in payload.train)
 
 
+def test_fedsa_averages_A_over_its_owners_and_never_B():
+    method = make("fedsa-lora")
+    for rounds in (1, 2):
+        before = play(method, rounds - 1)
+        updates = collect(method, before, MIXED)
+        after = method.aggregate(before, updates)
+        for m in SHAPES:
+            terms, weights = updates.module(m), updates.weights
+            _, rows = reference.mean_factors(before.G[m], terms, weights, owners_only=True)
+            torch.testing.assert_close(after.G[m].A, torch.stack(rows))
+            assert not after.G[m].B.any()
+
+
 def test_rolora_starts_with_B_and_alternates():
     method = make("rolora")
     trained = [method.downlink(play(method, n), SMALL).train for n in range(4)]

@@ -20,7 +20,7 @@ from dataclasses import replace
 
 import torch
 
-from flexlora.adapter import Adapter, LoraSpec
+from flexlora.adapter import LoraSpec
 from flexlora.federation.state import Client, Method, Payload, Penalty, ServerState, Updates
 from flexlora.lowrank import LowRank, index_mean, norm_weights, stack
 from flexlora.methods.downlink import head, pack, sent_to, view_of
@@ -48,7 +48,7 @@ def hetlora(gamma: float = 0.99, penalty: float = 5e-3, prune: bool = True) -> M
         return replace(pack(state, client, adapter), penalty=term)
 
     def aggregate(state: ServerState, updates: Updates) -> ServerState:
-        G: Adapter = {}
+        G: dict[str, LowRank] = {}
         ranks: dict[str, list[int]] = {client: [] for client in updates.clients}
         for module, g in state.G.items():
             terms = updates.module(module)
@@ -57,7 +57,7 @@ def hetlora(gamma: float = 0.99, penalty: float = 5e-3, prune: bool = True) -> M
             for client, d in zip(updates.clients, terms, strict=True):
                 ranks[client].append(d.rank)
             mean = index_mean(terms, norm_weights(terms))
-            G = {**G, module: stack([mean, g.suffix(mean.rank)])}
+            G[module] = stack([mean, g.suffix(mean.rank)])
         aux = {f"rank/{client}": torch.tensor(r) for client, r in ranks.items()}
         return replace(state, round=state.round + 1, G=G, aux={**state.aux, **aux})
 
