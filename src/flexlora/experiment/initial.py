@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from flexlora.adapter import Adapter, Shapes, initial_adapter, load_peft
 from flexlora.experiment.build import Experiment
 from flexlora.experiment.errors import MODEL, blame
-from flexlora.federation.state import ServerState
+from flexlora.federation.state import Client, ServerState, Wire
 from flexlora.lowrank import svd
 
 
@@ -30,11 +30,24 @@ def first_state(experiment: Experiment, fingerprint: str) -> ServerState:
 
 def cold_state(experiment: Experiment, fingerprint: str) -> ServerState:
     """The initial adapter, before the method has had a say."""
-    specs = [c.lora for c in experiment.clients.values()]
-    ranks = {m: max(s.rank(m) for s in specs) for m in experiment.shapes}
-    federation = experiment.config.federation
-    G = initial_adapter(experiment.shapes, ranks, federation.seed)
-    return ServerState(0, fingerprint, G, seed=federation.seed, wire=federation.wire)
+    federation, clients = experiment.config.federation, list(experiment.clients.values())
+    return initial_state(fingerprint, experiment.shapes, clients, federation.seed, federation.wire)
+
+
+def initial_state(
+    base: str, shapes: Shapes, clients: Sequence[Client], seed: int = 0, wire: Wire = "float32"
+) -> ServerState:
+    """PEFT's initial adapter on these modules, at the largest rank that a client has in each.
+
+    Args:
+        base: fingerprint of the base model.
+        shapes: module path -> `(d_out, d_in)` of the target modules.
+        clients: who there is.
+        seed: of the run.
+        wire: precision at which adapters travel.
+    """
+    ranks = {m: max(c.lora.rank(m) for c in clients) for m in shapes}
+    return ServerState(0, base, initial_adapter(shapes, ranks, seed), seed=seed, wire=wire)
 
 
 def warm(
