@@ -44,6 +44,7 @@ class Reason(StrEnum):
     LATE = "late"
     FAILED = "failed"
     MEMORY = "out of memory"
+    OFFLINE = "offline"
 
 
 @dataclass(frozen=True)

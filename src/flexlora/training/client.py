@@ -156,6 +156,10 @@ def train(
         return
     payloads = [job.payload for job in waiting]
     slots = group_size(training.group_size, base, payloads)
+    if slots == 1 and total > 1:  # a bank as wide as each client: the bits of training it alone
+        for before, job in enumerate(waiting):
+            yield from train(base, [job], training, seed, _counted(on_step, before, total))
+        return
     training = replace(training, tokens_per_forward=token_budget(training.tokens_per_forward, base))
     bank = bank_for(base, payloads, slots)
     params = bank.parameters(payloads[0].train)
@@ -184,6 +188,15 @@ def train(
             on_step(Progress(finished, total, tokens, mean, time.perf_counter() - began))
         for slot in done:
             yield _finish(bank, slot, running.pop(slot))
+
+
+def _counted(
+    on_step: Callable[[Progress], None] | None, done: int, total: int
+) -> Callable[[Progress], None] | None:
+    """Progress of one client among others before and after it."""
+    if on_step is None:
+        return None
+    return lambda p: on_step(replace(p, clients_done=done + p.clients_done, clients=total))
 
 
 def bank_for(base: Base, payloads: Sequence[Payload], slots: int) -> Bank:

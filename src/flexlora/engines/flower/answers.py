@@ -89,6 +89,8 @@ def decode_update(data: bytes, sent: Payload, answers: str, wire: Wire) -> Updat
     rest = _object(text.encode("utf-8", "replace") if isinstance(text, str) else b"", sent)
     if rest.get("answers") != answers:
         raise _refused(sent, Reason.ROUND, "it answers another payload: of another round or run.")
+    if rest.get("client") != sent.client:
+        raise _refused(sent, Reason.UNKNOWN_CLIENT, "the update bears another client's id.")
     body = bytearray(memoryview(data)[8 + size :])
     tensors = dict(_tensors(header, body, sent, wire))
     adapter = {}
@@ -100,6 +102,8 @@ def decode_update(data: bytes, sent: Payload, answers: str, wire: Wire) -> Updat
         adapter[module] = LowRank(B, A, was.scaling)
     known = ("client", "round", "base", "num_examples", "metrics", "reduced")
     fields: dict[str, Any] = {name: rest.get(name) for name in known}
+    if not isinstance(fields["metrics"], dict):
+        raise _refused(sent, Reason.MALFORMED, "metrics are not an object.")
     return Update(**fields, adapter=adapter)
 
 
