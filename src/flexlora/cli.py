@@ -172,7 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
-        app([w for w in words if w != "--debug"], prog_name="flexlora", standalone_mode=False)
+        words = [w for w in words if w != "--debug"]
+        if app(words, prog_name="flexlora", standalone_mode=False) == INTERRUPTED:
+            raise KeyboardInterrupt  # typer returns what it caught
     except click.ClickException as error:
         _stop(error.format_message() or "see flexlora --help", USAGE, debug)
     except Failure as error:

@@ -22,7 +22,7 @@ def write_data(path: Path, tasks=TASKS, rows: int = 8) -> Path:
     return path
 
 
-def settings(model: Path, data: Path, **sections) -> dict:
+def settings(model: Path, data: Path, /, **sections) -> dict:
     """A configuration as plain data; sections are merged over it."""
     config = {
         "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
@@ -33,13 +33,11 @@ def settings(model: Path, data: Path, **sections) -> dict:
         "evaluation": {"every": 1, "max_new_tokens": 3, "max_generated": 1, "samples": 1},
     }
     for name, section in sections.items():
-        config[name] = (
-            {**config.get(name, {}), **section} if isinstance(section, dict) else section
-        )
+        config[name] = {**config.get(name, {}), **section} if isinstance(section, dict) else section
     return config
 
 
-def write_config(folder: Path, model: Path, **sections) -> Path:
+def write_config(folder: Path, model: Path, /, **sections) -> Path:
     """The same as a YAML file, with its data beside it."""
     data = write_data(folder / "data.jsonl")
     path = folder / "small.yaml"

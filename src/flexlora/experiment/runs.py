@@ -52,9 +52,20 @@ def create(config: Config, name: str) -> Path:
             folder.mkdir(parents=True)
         else:
             folder = _fresh(Path("runs"), name)
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(plain(config.model_dump()), sort_keys=False, allow_unicode=True)
         write(folder / "config.yaml", text)
     return folder
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, for YAML; unlike JSON it keeps numbers as keys.
+
+    >>> plain({"r": {8: 0.5}, "names": ("a",)})
+    {'r': {8: 0.5}, 'names': ['a']}
+    """
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _fresh(parent: Path, name: str) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -77,12 +78,13 @@ def load_base(model: str, dtype: str = "auto", device: str = "auto", **options: 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     source = find(model)
     kind = resolve_dtype(dtype, device)
+    transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=kind, attn_implementation="sdpa", **options
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"model {model!r}: could not be loaded from {source}: {_first_line(error)} Expected a "
             f"folder with config.json and safetensors, a .gguf file, a Hub id, or {DEMO_MODEL!r}."
