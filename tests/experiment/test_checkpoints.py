@@ -58,7 +58,9 @@ def test_full_disk_is_told_and_the_one_before_is_intact(tmp_path, monkeypatch):
 
     save_checkpoint(tmp_path, state_at(1), Progress())
     monkeypatch.setattr(room, "save_file", full)
-    with pytest.raises(Failure, match="No space left on device.*intact.*flexlora resume") as caught:
+    with pytest.raises(
+        Failure, match=r"No space left on device.*intact.*flexlora resume"
+    ) as caught:
         save_checkpoint(tmp_path, state_at(2), Progress())
     assert caught.value.code == 5
     assert load_checkpoint(checkpoints(tmp_path)[-1])[0].round == 1

@@ -86,7 +86,7 @@ def test_missing_file_names_the_recipes():
 
 @pytest.mark.parametrize("words", [[], ["--lora.r={8: 0.8, 32: 0.2}"], ["--lora.r=[4, 8]"]])
 def test_resolved_configuration_is_read_back_the_same(tmp_path, words):
-    config = load_config("quickstart", words + ["--output_dir", str(tmp_path / "run")])
+    config = load_config("quickstart", [*words, "--output_dir", str(tmp_path / "run")])
     assert open_run(create(config, "quickstart")) == config
 
 

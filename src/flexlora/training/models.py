@@ -78,7 +78,7 @@ def load_base(model: str, dtype: str = "auto", device: str = "auto", **options: 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     source = find(model)
     kind = resolve_dtype(dtype, device)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -114,7 +114,7 @@ def outline(model: str) -> tuple[dict[str, tuple[int, int]], int]:
     try:
         config = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config)
+            empty = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {model!r}: no configuration: {_first_line(error)}") from error
     return linear_shapes(empty), sum(p.numel() for p in empty.parameters())
