@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexlora.lowrank.cost import EXACT, Path, choose
 from flexlora.lowrank.exact import core_svd, dense_svd, gram_svd
-from flexlora.lowrank.krylov import Triples, block_krylov
+from flexlora.lowrank.krylov import Estimate, Triples, block_krylov
 from flexlora.lowrank.operators import Operator, Sum, weighted_sum
 from flexlora.lowrank.product import LowRank
 
@@ -154,12 +154,13 @@ def decompose_modules(
     )
     if path in EXACT:
         U, S, Vh = _exact(total, path, rank)
-        none = S.new_zeros(count, rank)
-        found = Triples(U[..., :rank], S[:, :rank], Vh[:, :rank], none[:, 0], none, none, 0)
+        none = S.new_zeros(count, rank, dtype=torch.float64)
+        exact = Estimate(none, none, none[:, 0], 0.0)
+        found = Triples(U[..., :rank], S[:, :rank], Vh[:, :rank], none, exact, 0)
     else:
         operator: Operator = total.dense() if path == "dense-krylov" else total
         tolerances = (options.tolerance, options.direction_tolerance)
-        found = block_krylov(operator, rank, seed, *tolerances, total.dtype, total.device)
+        found = block_krylov(operator, rank, seed, *tolerances, like=total.like)
     return [_finish(found, total, path, rank, seed, i) for i in range(count)]
 
 
@@ -186,13 +187,9 @@ def _finish(found: Triples, total: Sum, path: Path, rank: int, seed: int, i: int
             f"svd: the largest singular value, {sigma[0].item():.2e}, is beyond {S.dtype}; ask for "
             "Options(dtype=torch.float64)."
         )
-    none = torch.zeros(rank, dtype=torch.float64)
-    if path in EXACT:
-        quality = Quality(path, 0.0, none, none, 0)
-    else:
-        excess = float(found.excess()[i]) if true_rank else 0.0
-        sigma_error, angle = found.sigma_error()[i].cpu(), found.angle[i].double().cpu()
-        quality = Quality(path, excess, sigma_error, angle, found.applies)
+    excess = float(found.estimate.excess[i]) if true_rank else 0.0
+    sigma_error, angle = found.estimate.sigma_error[i].cpu(), found.angle[i].double().cpu()
+    quality = Quality(path, excess, sigma_error, angle, found.applies)
     return Decomposition(LowRank(U * sigma.to(S.dtype), Vh), quality)
 
 

@@ -14,43 +14,114 @@ PROBES = 8
 """Gaussian columns that measure the energy outside the subspace (seen by nothing else)."""
 
 LARGEST_BLOCK = 64
-MAX_RATIO = 0.9
+LARGEST_RATIO = 0.9
+
+SAFETY = 2.0
+"""On what is estimated to be missing: spectra whose first steps mislead are underestimated."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is known of the error of leading singular values, per module, in float64.
+
+    Attributes:
+        squares: `(modules, rank)` squared singular values found.
+        gain: `(modules, rank)` estimate of what is missing from each.
+        tail: `(modules,)` estimate of `||D - D_r||_F^2` for the `D_r` found.
+        eps: rounding unit of the arithmetic.
+    """
+
+    squares: Float[Tensor, "modules rank"]
+    gain: Float[Tensor, "modules rank"]
+    tail: Float[Tensor, " modules"]
+    eps: float
+
+    @property
+    def excess(self) -> Float[Tensor, " modules"]:
+        """Frobenius error over the best at this rank, minus 1; 0 where both are rounding."""
+        rounding = (32 * self.eps) ** 2 * self.squares.sum(1)
+        best = (self.tail - self.gain.sum(1)).maximum(rounding).clamp_min(1e-300)
+        return (self.tail.maximum(best) / best).sqrt() - 1
+
+    @property
+    def sigma_error(self) -> Float[Tensor, "modules rank"]:
+        """Relative error of each singular value; 0 for those at rounding level."""
+        sound = self.squares.gt((100 * self.eps) ** 2 * self.squares[:, :1])
+        whole = (self.squares + self.gain).clamp_min(1e-300)
+        return torch.where(sound, 1 - (self.squares / whole).sqrt(), 0.0)
+
+    @property
+    def weakest(self) -> Float[Tensor, " modules"]:
+        """The smallest squared singular value, with what is missing from it, above rounding."""
+        rounding = (100 * self.eps) ** 2 * self.squares[:, 0]
+        return (self.squares[:, -1] + self.gain[:, -1]).maximum(rounding)
+
+    def within(self, tolerance: float, direction_tolerance: float) -> bool:
+        """Whether every module meets both tolerances."""
+        fine = self.excess.le(tolerance) & self.sigma_error.amax(1).le(direction_tolerance)
+        return bool(fine.all())
 
 
 @dataclass(frozen=True)
 class Triples:
-    """Leading singular triples of a batch of matrices, with what is known of their error.
+    """Leading singular triples of a batch of matrices.
 
     Attributes:
         U: `(modules, d_out, rank)`, orthonormal columns.
         S: `(modules, rank)`, descending.
         Vh: `(modules, rank, d_in)`, orthonormal rows.
-        tail: `(modules,)` estimate of `||D - U S Vh||_F`.
-        gain: `(modules, rank)` estimate of what is missing from each `S^2`.
         angle: `(modules, rank)` estimate of `||D v_j - s_j u_j|| / s_j`; `D^T u_j = s_j v_j` holds.
+        estimate: of the error.
         applies: columns multiplied with `D` or `D^T`.
     """
 
     U: Float[Tensor, "modules d_out rank"]
     S: Float[Tensor, "modules rank"]
     Vh: Float[Tensor, "modules rank d_in"]
-    tail: Float[Tensor, " modules"]
-    gain: Float[Tensor, "modules rank"]
     angle: Float[Tensor, "modules rank"]
+    estimate: Estimate
     applies: int
 
-    def excess(self) -> Float[Tensor, " modules"]:
-        """Estimated `||D - U S Vh||_F / (best possible at this rank) - 1`; 0 at rounding level."""
-        tail, gain = self.tail.double() ** 2, self.gain.double().sum(1)
-        rounding = (torch.finfo(self.S.dtype).eps * 4) ** 2 * (self.S.double() ** 2).sum(1)
-        best = (tail - gain).clamp_min(rounding.clamp_min(1e-300))
-        return (tail.maximum(best) / best).sqrt() - 1
 
-    def sigma_error(self) -> Float[Tensor, "modules rank"]:
-        """Estimated relative error of each singular value; 0 for those at rounding level."""
-        S = self.S.double()
-        sound = S.gt(100 * torch.finfo(self.S.dtype).eps * S[:, :1])
-        return torch.where(sound, 1 - (1 + self.gain / S.clamp_min(1e-300) ** 2) ** -0.5, 0.0)
+@dataclass(frozen=True)
+class Subspace:
+    """Orthonormal bases grown so far, with `D^T U = V T` to rounding.
+
+    Attributes:
+        U: `(modules, d_out, l)`.
+        V: `(modules, d_in, v)`; its last `new` columns have not been multiplied with `D` yet.
+        T: `(modules, v, l)`.
+        new: width of the newest block of `V`.
+    """
+
+    U: Float[Tensor, "modules d_out l"]
+    V: Float[Tensor, "modules d_in v"]
+    T: Float[Tensor, "modules v l"]
+    new: int
+
+    @property
+    def width(self) -> int:
+        """`l`."""
+        return self.U.shape[2]
+
+    @property
+    def complete(self) -> bool:
+        """Whether `U` holds every direction there is."""
+        return self.width == min(self.U.shape[1], self.V.shape[1])
+
+    def squares(self) -> Float[Tensor, "modules l"]:
+        """Squared singular values of `U^T D`, descending.
+
+        In float64: `T` only ever grows, so that their growth is not lost in rounding.
+        """
+        T = self.T.double()
+        squares: Tensor = torch.linalg.eigvalsh(T.mT @ T)
+        return squares.flip(1).clamp_min(0)
+
+    @property
+    def newest(self) -> Float[Tensor, "modules d_in new"]:
+        """The newest block of `V`."""
+        return self.V[..., self.V.shape[2] - self.new :]
 
 
 def block_size(rank: int) -> int:
@@ -73,70 +144,84 @@ def block_krylov(
     seed: int,
     tolerance: float,
     direction_tolerance: float,
-    dtype: torch.dtype,
-    device: torch.device,
+    like: Tensor,
 ) -> Triples:
     """The leading `rank` singular triples from products with `D` and `D^T`, to a tolerance.
 
-    Builds an orthonormal basis `U` of `span(D X, (D D^T) D X, ...)` for a Gaussian `X` of
-    `block_size(rank)` columns, block by block, and takes the SVD of `U^T D`. The subspace grows
-    until both hold: the Frobenius error is within `1 + tolerance` of the best at this rank, and
-    each singular value within `direction_tolerance` of its own (a small excess in Frobenius norm
-    alone can hide a garbage tail).
+    Builds orthonormal bases `U` and `V` of `span(D X, (D D^T) D X, ...)` and
+    `span(X, (D^T D) X, ...)` for a Gaussian `X` of `block_size(rank)` columns, block by block, and
+    takes the SVD of `U^T D`. The subspace grows until both hold: the Frobenius error is within
+    `1 + tolerance` of the best at this rank, and each singular value within `direction_tolerance`
+    of its own (a small excess in Frobenius norm alone can hide a garbage tail).
 
     The estimates: subspaces are nested, so each `s_j^2` only grows (Cauchy interlacing); what is
-    missing from it is extrapolated from its last two increments as a geometric series. The energy
-    outside the subspace is measured on 8 independent Gaussian columns (relative standard deviation
-    `sqrt(2 / (8 effective rank of the tail))`).
+    missing from it is extrapolated from its last two increments as a geometric series, twice. The
+    energy outside the subspace is measured on 8 independent Gaussian columns (relative standard
+    deviation `sqrt(2 / (8 effective rank of the tail))`). Before the end these columns also look
+    for a direction outside that belongs inside: Krylov spaces see a value repeated more often than
+    their block is wide only in part, and their increments cannot tell.
 
-    Cost: `2 l` columns through `D`, `l` about `2 rank + block` for a flat tail and less for a
-    decaying one; orthogonalisation `12 (d_out + d_in) l^2`. Random: the start and the probes, from
-    `seed`. Not for ranks near `min(d_out, d_in)`: an exact SVD is cheaper there.
+    Cost: `2 l` columns through `D`, `l` about twice the rank (less for a steep spectrum, more
+    for a flat one); orthogonalisation `12 (d_out + d_in) l^2` FLOPs. Random: the start and
+    the probes, from `seed`. Not for ranks near `min(d_out, d_in)`: an exact SVD is cheaper there.
 
     Source: Musco and Musco, Randomized Block Krylov Methods for Stronger and Faster Approximate
     Singular Value Decomposition, NeurIPS 2015, arXiv 1504.05477, Algorithm 2; Tropp and Webber,
-    Randomized algorithms for low-rank matrix approximation, 2023, arXiv 2306.12418 (there with
-    error estimates of another kind). Ours keeps the coefficients of the orthogonalisation, so that
-    the small SVD needs no further product.
+    Randomized algorithms for low-rank matrix approximation, 2023, arXiv 2306.12418. Ours keeps
+    the coefficients of the orthogonalisation, so that the small SVD needs no further product, and
+    stops by the estimates above. A start from the average of the clients' `A` was tried: fewer
+    products, but its increments say little about what is missing, so the estimates failed.
     """
     modules, d_out, d_in = D.shape
     limit = min(d_out, d_in)
+    block = min(block_size(rank), limit)
     generator = torch.Generator().manual_seed(seed)
 
     def gaussian(rows: int, columns: int) -> Tensor:
-        fresh = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-        return fresh.to(device=device, dtype=dtype).expand(modules, rows, columns)
+        fresh = torch.randn(rows, columns, generator=generator)
+        return fresh.to(like).expand(modules, rows, columns)
 
-    block = min(block_size(rank), limit)
-    V = torch.linalg.qr(gaussian(d_in, block))[0]
-    Y = D.apply(torch.cat([V, gaussian(d_in, PROBES)], 2))
+    X = torch.linalg.qr(gaussian(d_in, block))[0]
+    Y = D.apply(torch.cat([X, gaussian(d_in, PROBES)], 2))
     Y, seen = Y[..., :block], Y[..., block:]
-    rounding = Y.norm(dim=(1, 2), keepdim=True) * torch.finfo(dtype).eps / (block * d_in) ** 0.5
-    U, T = V.new_zeros(modules, d_out, 0), V.new_zeros(modules, block, 0)
-    past: list[Tensor] = []  # squared singular values at the last steps
+    eps = torch.finfo(X.dtype).eps
+    scale = Y.norm(dim=(1, 2), keepdim=True) / (block * max(d_out, d_in)) ** 0.5
+    noise = gaussian(max(d_out, d_in), block) * scale * eps
+    space = Subspace(X.new_zeros(modules, d_out, 0), X, X.new_zeros(modules, block, 0), block)
+    past: list[Tensor] = []
     applies = block + PROBES
     while True:
-        Y = Y[..., : limit - U.shape[2]]
-        Q, _ = extend(U, Y + rounding * gaussian(d_out, Y.shape[2]))
-        U = torch.cat([U, Q], 2)
-        Z = D.apply_t(Q)
-        P, C = extend(V, Z + rounding * gaussian(d_in, Z.shape[2]))
-        T = torch.cat([torch.nn.functional.pad(T, (0, 0, 0, P.shape[2])), C], 2)
-        V, applies = torch.cat([V, P], 2), applies + Q.shape[2]
-        full = U.shape[2] == limit
-        if U.shape[2] >= rank:
-            past = [*past[-2:], torch.linalg.svdvals(T.double())[:, :rank] ** 2]
-            if full or len(past) > 1:
-                outside = outside_energy(U, seen)
-                gain = torch.zeros_like(past[-1]) if full else missing(past)
-                coupling = C[:, C.shape[1] - P.shape[2] :] * (not full)
-                found = assemble(U, T, V, rank, coupling, outside, gain, applies)
-                fine = (found.excess() <= tolerance) & (
-                    found.sigma_error().amax(1) <= direction_tolerance
-                )
-                if full or bool(fine.all()):
-                    return found
-        Y, applies = D.apply(P), applies + P.shape[2]
+        width = space.width
+        space = grow(space, Y, D, noise)
+        applies += space.width - width
+        X = space.newest
+        if space.width >= rank:
+            squares, rest = space.squares(), seen - space.U @ (space.U.mT @ seen)
+            past = [*past[-2:], squares[:, :rank]]
+            gain = torch.zeros_like(past[-1]) if space.complete else missing(past)
+            outside = rest.double().square().sum((1, 2)) / PROBES
+            estimate = Estimate(past[-1], gain, outside + squares[:, rank:].sum(1), eps)
+            if space.complete:
+                return triples(space, rank, estimate, applies)
+            if estimate.within(tolerance, direction_tolerance):
+                applies += PROBES
+                unseen = largest_outside(D, space.U, seen + noise[:, :d_out, :PROBES])
+                if bool(unseen.le(estimate.weakest).all()):
+                    return triples(space, rank, estimate, applies)
+                X = torch.linalg.qr(gaussian(d_in, block))[0]
+        Y, applies = D.apply(X), applies + X.shape[2]
+
+
+def grow(space: Subspace, Y: Tensor, D: Operator, noise: Tensor) -> Subspace:
+    """`U` extended by `Y`, then `V` by `D^T` of what was new."""
+    _, d_out, d_in = D.shape
+    Y = Y[..., : min(d_out, d_in) - space.width]
+    Q, _ = extend(space.U, Y + noise[:, :d_out, : Y.shape[2]])
+    Z = D.apply_t(Q)
+    P, C = extend(space.V, Z + noise[:, :d_in, : Z.shape[2]])
+    T = torch.nn.functional.pad(space.T, (0, 0, 0, P.shape[2]))
+    U, V = torch.cat([space.U, Q], 2), torch.cat([space.V, P], 2)
+    return Subspace(U, V, torch.cat([T, C], 2), P.shape[2])
 
 
 def extend(
@@ -156,41 +241,41 @@ def extend(
 
 
 def missing(past: list[Tensor]) -> Tensor:
-    """What is missing from each squared singular value, from its last increments."""
+    """What is missing from each squared singular value, from its last increments.
+
+    One ratio for all of a module, of the sums of relative increments: single ones are too noisy.
+    """
+    if len(past) < 2:
+        return torch.full_like(past[-1], torch.inf)
     last = (past[-1] - past[-2]).clamp_min(0)
     if len(past) < 3:
-        return last
-    before = (past[-2] - past[-3]).clamp_min(torch.finfo(last.dtype).tiny)
-    ratio = (last / before).clamp(0, MAX_RATIO)
-    return last * ratio / (1 - ratio)
+        return SAFETY * last
+    size = past[-1].clamp_min(1e-300)
+    before = ((past[-2] - past[-3]).clamp_min(0) / size).sum(1, keepdim=True)
+    ratio = (last / size).sum(1, keepdim=True) / before.clamp_min(1e-300)
+    ratio = ratio.clamp(0, LARGEST_RATIO)
+    return SAFETY * last * ratio / (1 - ratio)
 
 
-def outside_energy(U: Tensor, seen: Tensor) -> Tensor:
-    """Estimate of `||D - U U^T D||_F^2` from `seen = D G`, `G` Gaussian and independent of `U`."""
-    rest = seen - U @ (U.mT @ seen)
-    return rest.double().square().sum((1, 2)) / seen.shape[2]
+def largest_outside(D: Operator, U: Tensor, seen: Tensor) -> Tensor:
+    """A lower bound of the largest squared singular value of `D - U U^T D`, from probes."""
+    Z = D.apply_t(extend(U, seen)[0]).double()
+    largest: Tensor = torch.linalg.eigvalsh(Z.mT @ Z)
+    return largest[:, -1]
 
 
-def assemble(
-    U: Tensor,
-    T: Tensor,
-    V: Tensor,
-    rank: int,
-    coupling: Tensor,
-    outside: Tensor,
-    gain: Tensor,
-    applies: int,
-) -> Triples:
-    """Singular triples of `U U^T D = U (V T)^T`, truncated, with their error estimates.
+def triples(space: Subspace, rank: int, estimate: Estimate, applies: int) -> Triples:
+    """The head of `U U^T D = U (V T)^T`.
 
     `D v_j` leaves the span of `U` only through the newest block of `V`, taken to act about as
-    strongly as it was coupled in: by its own factor of the orthogonalisation.
+    strongly as it was coupled in.
     """
-    P, S, Xh = torch.linalg.svd(T, full_matrices=False)
-    inside = (S[:, rank:].double() ** 2).sum(1)
-    newest = P[:, P.shape[1] - coupling.shape[1] :, :rank].norm(dim=1)
-    strength = torch.linalg.svdvals(coupling).amax(1) if coupling.numel() else S[:, 0] * 0
+    P, S, Xh = torch.linalg.svd(space.T, full_matrices=False)
     S = S[:, :rank]
-    angle = strength[:, None] * newest / S.clamp_min(torch.finfo(S.dtype).tiny)
-    left, right = U @ Xh.mT[..., :rank], (V @ P[..., :rank]).mT
-    return Triples(left, S, right, (outside + inside).sqrt(), gain, angle.clamp_max(1), applies)
+    angle = torch.zeros_like(S)
+    if space.new and not space.complete:
+        strength = torch.linalg.matrix_norm(space.T[:, -space.new :], 2)
+        share = P[:, P.shape[1] - space.new :, :rank].norm(dim=1)
+        angle = strength[:, None] * share / S.clamp_min(torch.finfo(S.dtype).tiny)
+    U, Vh = space.U @ Xh.mT[..., :rank], (space.V @ P[..., :rank]).mT
+    return Triples(U, S, Vh, angle.clamp_max(1), estimate, applies)

@@ -77,7 +77,7 @@ class Sum:
 
     Attributes:
         modules: per module its terms; the k-th terms of all modules have one rank.
-        f: `(modules, terms)` coefficients after scaling, float64.
+        f: `(modules, terms)` coefficients after scaling.
         shrink: `(modules, terms, 2)` powers of two that `B` and `A` are divided by when loaded.
         scale: per module.
         dtype: of the arithmetic.
@@ -104,6 +104,11 @@ class Sum:
     def rank(self) -> int:
         """`R = sum r_k`."""
         return sum(t.rank for t in self.modules[0])
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of the arithmetic's dtype, on its device."""
+        return self.f.new_empty(0)
 
     def blocks(self) -> Iterator[Block]:
         """The terms, block by block, in their order."""
@@ -147,15 +152,12 @@ class Sum:
         terms = [module[k] for module in self.modules]
         B = self._batch([t.B for t in terms], self.shrink[:, k, 0])
         A = self._batch([t.A for t in terms], self.shrink[:, k, 1])
-        f = self.f[:, k].to(device=self.device, dtype=self.dtype)
-        return Block(B, A, f[:, None, None].expand(-1, terms[0].rank, 1))
+        return Block(B, A, self.f[:, k, None, None].expand(-1, terms[0].rank, 1))
 
     def _batch(self, factors: list[Tensor], shrink: Tensor) -> Tensor:
         x = factors[0][None] if len(factors) == 1 else torch.stack(factors)
         x = x.to(device=self.device, dtype=self.dtype)
-        if bool((shrink != 1).any()):
-            x = x / shrink.to(x)[:, None, None]
-        return x
+        return x if bool((shrink == 1).all()) else x / shrink.to(x)[:, None, None]
 
 
 def weighted_sum(
@@ -190,6 +192,7 @@ def weighted_sum(
     top = size.amax(1)
     scale = torch.where(top > 0, torch.exp2(top.clamp_min(5e-324).log2().floor()), 0.0)
     f = w * shrink.prod(2) / torch.where(scale > 0, scale, 1.0)[:, None]
+    f = f.to(device=device, dtype=dtype)
     bare = Sum(modules, f, shrink, scale, dtype, device, _groups(first), {})
     return _keep(bare, cache_bytes)
 
