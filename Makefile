@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs install install-dev clean
+.PHONY: help demo test test-deployment test-durability lint docs install install-dev clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -15,6 +15,13 @@ demo: $(VENV)/.demo  ## a federated fine-tuning of SmolLM2-135M, start to end, o
 
 test: $(VENV)/.dev  ## the whole test suite
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q $(PYTEST)
+
+test-deployment: $(VENV)/.dev  ## the tests with real Flower processes, TLS and node keys
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m deployment $(PYTEST)
+
+test-durability: $(VENV)/.dev  ## 200 kills of the server, 100,000 mutated updates
+	OMP_NUM_THREADS=1 FLEXLORA_MUTATIONS=100000 $(BIN)/python -m pytest -q -m "durability or not durability" \
+	  tests/engines/flower/test_durable.py tests/engines/flower/test_wire.py $(PYTEST)
 
 lint: $(VENV)/.dev  ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -43,5 +50,5 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) --editable '.[demo,dev,docs]'
+	$(PIP) --editable '.[demo,dev,docs,flower]'
 	@touch $@

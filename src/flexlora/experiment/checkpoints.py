@@ -93,7 +93,9 @@ def load_checkpoint(folder: Path) -> tuple[ServerState, Progress]:
         size = (folder / "state.safetensors").stat().st_size
         if size != rest["bytes"]:
             raise ValueError(f"state.safetensors has {size} bytes, expected {rest['bytes']}")
-        state = unpack(load_file(folder / "state.safetensors"), rest)
+        loaded = load_file(folder / "state.safetensors")
+        # Own memory, as torch aligns it: at other alignments matrix products round differently.
+        state = unpack({name: tensor.clone() for name, tensor in loaded.items()}, rest)
         return state, Progress(**rest["progress"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise Failure(

@@ -13,6 +13,7 @@ from flexlora.federation.admission import Reason, Refusal, Refused, admit
 from flexlora.federation.limits import NORMS, Limits, norm_bound, norm_history
 from flexlora.federation.spool import Spool
 from flexlora.federation.state import Client, Method, Payload, ServerState, Update, ranks_of
+from flexlora.lowrank import LowRank
 
 Row = Mapping[str, Any]
 
@@ -216,7 +217,24 @@ def _step(
             "it must advance by 1."
         )
     norms = norm_history(state, (row["update_norm"] for row in rows.values()), limits)
-    return replace(after, aux={**after.aux, NORMS: norms})
+    return _laid_out(replace(after, aux={**after.aux, NORMS: norms}))
+
+
+def _laid_out(state: ServerState) -> ServerState:
+    """The state as a checkpoint gives it back: row by row, in its own memory.
+
+    A factorisation may return transposed views, and products of these round differently: without
+    this, a run would depend on whether it was interrupted.
+    """
+    return replace(
+        state,
+        G={m: g.clone() for m, g in state.G.items()},
+        patch={
+            m: t.clone() if isinstance(t, LowRank) else t.contiguous().clone()
+            for m, t in state.patch.items()
+        },
+        aux={name: t.contiguous() for name, t in state.aux.items()},
+    )
 
 
 def _means(rows: Iterable[Row]) -> dict[str, float]:

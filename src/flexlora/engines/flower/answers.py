@@ -132,7 +132,8 @@ def _tensors(
         if entry.get("data_offsets") != [taken, end] or end > len(body):
             raise _refused(sent, Reason.MALFORMED, f"{at}: does not lie where its shape says.")
         flat = torch.frombuffer(body, dtype=dtype, count=shape[0] * shape[1], offset=taken)
-        yield name, flat.view(shape).to(torch.float32)
+        # A copy in torch's own memory: matrix products round differently at other alignments.
+        yield name, flat.view(shape).to(torch.float32, copy=True)
         taken = end
     if taken != len(body):
         raise _refused(sent, Reason.MALFORMED, f"{len(body) - taken} bytes that no tensor claims.")

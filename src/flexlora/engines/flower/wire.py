@@ -80,7 +80,8 @@ def decode_payload(data: bytes) -> Payload:
     rest = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["flexlora"])
     if rest["version"] != VERSION:
         raise ValueError(f"wire: version {rest['version']}; this flexlora speaks {VERSION}.")
-    tensors = {k: t.to(torch.float32) for k, t in load(data).items()}
+    # Copies in torch's own memory: matrix products round differently at other alignments.
+    tensors = {k: t.to(torch.float32, copy=True) for k, t in load(data).items()}
     shapes = {m: (row[0], row[1]) for m, row in rest["adapter"].items()}
     ranks = {m: row[2] for m, row in rest["adapter"].items()}
     drawn = initial_adapter(shapes, ranks, rest["seed"]) if rest["drawn"] else {}
