@@ -1,5 +1,6 @@
 """Linear algebra on products of factors; knows nothing of clients."""
 
+from flexlora.lowrank.cohort import gram
 from flexlora.lowrank.cost import Path, choose, cost
 from flexlora.lowrank.decompose import (
     Decomposition,
@@ -31,12 +32,16 @@ __all__ = [
     "Options",
     "Path",
     "Quality",
+    "RunningSum",
+    "Sketched",
     "Split",
+    "add",
     "choose",
     "complete_rows",
     "cost",
     "decompose",
     "decompose_modules",
+    "gram",
     "difference",
     "hand_out",
     "index_mean",

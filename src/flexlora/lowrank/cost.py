@@ -79,7 +79,8 @@ def cost(
     form, moved = 2.0 * m * n * R, float(itemsize * (m * n + R * (m + n)))
     if path == "core":
         work = 2.0 * R**3 + 2.0 * (m + n) * R * r
-        return Cost(work, 4.0 * (m + n) * R**2 + 22.0 * R**3, 3 * moved, 10 + terms)
+        read = 3.0 * itemsize * R * (m + n)
+        return Cost(work, 4.0 * (m + n) * R**2 + 22.0 * R**3, read, 10 + terms)
     if path == "gram":
         factor = 2 * 9.0 * k**3 + 4.0 * max(m, n) * r**2 + 22.0 * r**3
         return Cost(form + 4.0 * m * n * k + 4.0 * m * n * r, factor, 4 * moved, 10 + terms)
@@ -108,7 +109,7 @@ def choose(
     """The cheapest path by :func:`cost`; `exact` leaves only those without a tolerance.
 
     >>> choose((2048, 2048), 80, 13192, 200), choose((2048, 2048), 1, 8, 8)
-    ('krylov', 'core')
+    ('dense-krylov', 'core')
     """
     paths = [
         p for p in get_args(Path) if (p in EXACT or not exact) and (p != "gram" or itemsize == 4)

@@ -161,7 +161,7 @@ def decompose_modules(
         operator: Operator = total.dense() if path == "dense-krylov" else total
         tolerances = (options.tolerance, options.direction_tolerance)
         found = block_krylov(operator, rank, seed, *tolerances, like=total.like)
-    return [_finish(found, total, path, rank, seed, i) for i in range(count)]
+    return [_finish(found, total, path, seed, i) for i in range(count)]
 
 
 def _exact(total: Sum, path: Path, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,26 +171,42 @@ def _exact(total: Sum, path: Path, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return gram_svd(D, rank) if path == "gram" and D.dtype == torch.float32 else dense_svd(D)
 
 
-def _finish(found: Triples, total: Sum, path: Path, rank: int, seed: int, i: int) -> Decomposition:
-    """One module's triples as a product of exactly `rank` rows, in the sum's own scale."""
-    U, S, Vh = found.U[i], found.S[i], found.Vh[i]
-    true_rank = 0
-    if total.scale[i] > 0:
-        true_rank = int(S.gt(10 * torch.finfo(S.dtype).eps * S[0]).sum())
-    if true_rank < rank:
-        Vh = complete_rows(Vh[:true_rank], rank, seed)
-        missing = (0, rank - true_rank)
-        U, S = (torch.nn.functional.pad(x[..., :true_rank], missing) for x in (U, S))
-    sigma = S.double() * total.scale[i].item()
+def _finish(found: Triples, total: Sum, path: Path, seed: int, i: int) -> Decomposition:
+    estimate = found.estimate
+    quality = Quality(
+        path,
+        float(estimate.excess[i]),
+        estimate.sigma_error[i].cpu(),
+        found.angle[i].double().cpu(),
+        found.applies,
+    )
+    scale = total.scale[i].item()
+    return Decomposition(as_product(found.U[i], found.S[i], found.Vh[i], scale, seed), quality)
+
+
+def as_product(
+    U: Float[Tensor, "d_out rank"],
+    S: Float[Tensor, " rank"],
+    Vh: Float[Tensor, "rank d_in"],
+    scale: float,
+    seed: int,
+) -> LowRank:
+    """`U diag(scale S) Vh` as a product of as many rows, degenerate ones orthonormal at random.
+
+    Raises:
+        OverflowError: a singular value beyond the dtype's range.
+    """
+    found = int(S.gt(10 * torch.finfo(S.dtype).eps * S[0]).sum()) if scale > 0 else 0
+    if found < len(S):
+        Vh = complete_rows(Vh[:found], len(S), seed)
+        U, S = (torch.nn.functional.pad(x[..., :found], (0, len(S) - found)) for x in (U, S))
+    sigma = S.double() * scale
     if sigma.amax() > torch.finfo(S.dtype).max:
         raise OverflowError(
             f"svd: the largest singular value, {sigma[0].item():.2e}, is beyond {S.dtype}; ask for "
             "Options(dtype=torch.float64)."
         )
-    excess = float(found.estimate.excess[i]) if true_rank else 0.0
-    sigma_error, angle = found.estimate.sigma_error[i].cpu(), found.angle[i].double().cpu()
-    quality = Quality(path, excess, sigma_error, angle, found.applies)
-    return Decomposition(LowRank(U * sigma.to(S.dtype), Vh), quality)
+    return LowRank(U * sigma.to(S.dtype), Vh)
 
 
 def complete_rows(
