@@ -23,7 +23,7 @@ def main(model="smollm2-135m-instruct", to=Path("runs/api-adapter"), rounds=3, s
     schedule, spool = fl.Schedule(rounds, cohort_size=4), fl.Spool(1 << 30, to.parent / "spool")
     for state, record in fl.run(method, start, clients, engine, schedule, spool):
         held = {client: row["ranks"] for client, row in record.clients.items()}
-        print(f"round {record.round}: loss {record.metrics['loss']:.3f}, ranks {held}")
+        print(f"round {state.round}: loss {record.metrics['loss']:.3f}, ranks {held}")
 
     adapter = method.view(state, None)
     before, after = (fl.summary(engine.evaluate(dict.fromkeys(tasks, a))) for a in ({}, adapter))

@@ -40,11 +40,14 @@ def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             below.append((dotted, field.annotation))
             if path:
-                yield f"`{name}`\n: section [`{dotted}`](#{dotted.replace('.', '')}). " + _line(
-                    field.description
-                ) + "\n"
+                yield (
+                    f"`{name}`\n: section [`{dotted}`](#{dotted.replace('.', '')}). "
+                    + _line(field.description)
+                    + "\n"
+                )
         else:
-            yield f"`{name}`\n: {_type(field)}; default {_default(field)}. {_line(field.description)}\n"
+            about = f"{_type(field)}; default {_default(field)}. {_line(field.description)}"
+            yield f"`{name}`\n: {about}\n"
     for dotted, section in below:
         yield from _section(dotted, section)
 

@@ -31,7 +31,7 @@ def factor_error(clients: list[LowRank]) -> float:
 
 
 def alike(count: int, spread: float, random: torch.Generator) -> list[LowRank]:
-    """Clients that share a part of their factors; `spread` is the size of what they do not share."""
+    """Clients that share a part of their factors; `spread` is the size of what is not shared."""
     shared = spread != float("inf")
 
     def draw(*shape: int) -> torch.Tensor:
@@ -103,6 +103,7 @@ def plot(rows: dict[str, dict[int, float]], path: Path) -> None:
 
 
 def main(image: Path = IMAGE) -> str:
+    """Write the picture, print table and numbers, return the table."""
     rows = measure()
     plot(rows, image)
     print(table(rows))

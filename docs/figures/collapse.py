@@ -104,6 +104,7 @@ def plot(q: dict[str, list[float]], path: Path) -> None:
 
 
 def main(image: Path = IMAGE) -> str:
+    """Write the picture, print tables and numbers, return the tables."""
     measured, exact = one_round("heavy-tail-light")
     worst = max(abs(m - e) for m, e in zip(measured, exact, strict=True))
     if worst > 1e-4:
