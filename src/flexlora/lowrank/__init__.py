@@ -24,6 +24,7 @@ from flexlora.lowrank.product import (
     norm,
     stack,
 )
+from flexlora.lowrank.sketch import RunningSum, Sketched, running_sum
 
 __all__ = [
     "Decomposition",
@@ -35,14 +36,13 @@ __all__ = [
     "RunningSum",
     "Sketched",
     "Split",
-    "add",
     "choose",
     "complete_rows",
     "cost",
     "decompose",
     "decompose_modules",
-    "gram",
     "difference",
+    "gram",
     "hand_out",
     "index_mean",
     "inner",
@@ -50,6 +50,7 @@ __all__ = [
     "norm",
     "norm_weights",
     "owned",
+    "running_sum",
     "stack",
     "svd",
     "svd_sum",

@@ -20,7 +20,7 @@ def gram(terms: Sequence[LowRank]) -> Float[Tensor, "K K"]:
     For robust weights, cosines and clipping: distances are `G_ii + G_jj - 2 G_ij`. From factors,
     `<D_i, D_j> = s_i s_j sum((B_i^T B_j) * (A_i A_j^T))`, `2 R^2 (d_out + d_in)` FLOPs with
     `R = sum r_k`; where that is more than forming the updates, a few rows of all of them at a
-    time: `2 d_out d_in (R + K^2)` FLOPs. In memory: 128 MB of rows at most, or two `R x R` matrices.
+    time: `2 d_out d_in (R + K^2)` FLOPs. Memory: 128 MB of rows, or two `R x R` matrices.
 
     Raises:
         ValueError: no terms, or unequal shapes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +23,7 @@ class RunningSum:
 
     `X = Upsilon D (k, d_in)`, `Y = D Omega (d_out, k)`, the core `Z = Phi D Psi (s, s)` and `E =
     Theta D (10, d_in)`, with Gaussian test matrices. All are linear in `D`: sums of two servers add
-    up (:func:`merge`), in any order or tree, to rounding. For cohorts too large to spool; where the
+    up (`one + other`), in any order or tree, to rounding. For cohorts too large to spool; where the
     updates can be read twice, :func:`~flexlora.lowrank.decompose` is much closer to the best.
 
     Source: Tropp, Yurtsever, Udell, Cevher: Practical sketching algorithms for low-rank matrix
@@ -41,10 +42,10 @@ class RunningSum:
 
     >>> import torch
     >>> d = LowRank(torch.eye(40)[:, :3], torch.eye(3, 50), 2.0)
-    >>> one = add(running_sum((40, 50), rank=3), d, weight=0.5)
-    >>> both = merge(one, add(running_sum((40, 50), rank=3), d, weight=0.5))
-    >>> found = read(both, 3)
-    >>> torch.allclose(found.product.dense(), d.dense(), atol=1e-5)
+    >>> one = running_sum((40, 50), rank=3).add(d, weight=0.25)
+    >>> other = running_sum((40, 50), rank=3).add(d, weight=0.75)
+    >>> found = (one + other).read(3)
+    >>> torch.allclose(found.product.dense(), d.dense(), atol=1e-4)
     True
     """
 
@@ -55,6 +56,78 @@ class RunningSum:
     Y: Float[Tensor, "d_out k"]
     Z: Float[Tensor, "s s"]
     E: Float[Tensor, "q d_in"]
+
+    def add(self, term: LowRank, weight: float) -> RunningSum:
+        """`self + weight * term`, `2 r (k + s) (d_out + d_in)` FLOPs.
+
+        Raises:
+            ValueError: another shape, or numbers that are not finite.
+        """
+        if term.shape != self.shape:
+            raise ValueError(f"RunningSum: a term of shape {term.shape}; expected {self.shape}.")
+        B = term.B.to(self.Y.dtype) * (weight * term.scaling)
+        A = term.A.to(self.Y.dtype)
+        if not (bool(B.isfinite().all()) and bool(A.isfinite().all())):
+            raise ValueError("RunningSum: a term holds NaN or infinite numbers; refuse the update.")
+        t = _tests(self)
+        return replace(
+            self,
+            weight=self.weight + weight,
+            X=self.X + (t.upsilon @ B) @ A,
+            Y=self.Y + B @ (A @ t.omega),
+            Z=self.Z + (t.phi @ B) @ (A @ t.psi),
+            E=self.E + (t.theta @ B) @ A,
+        )
+
+    def __add__(self, other: RunningSum) -> RunningSum:
+        """The sum of both: partial sums of several servers.
+
+        Raises:
+            ValueError: sketches of different shapes, sizes or seeds.
+        """
+        if (self.shape, self.seed, self.X.shape) != (other.shape, other.seed, other.X.shape):
+            raise ValueError(
+                f"RunningSum: cannot add shape {other.shape}, seed {other.seed}, size "
+                f"{other.X.shape[0]} to {self.shape}, {self.seed}, {self.X.shape[0]}; both must "
+                "come from running_sum(...) with the same arguments."
+            )
+        return replace(
+            self,
+            weight=self.weight + other.weight,
+            X=self.X + other.X,
+            Y=self.Y + other.Y,
+            Z=self.Z + other.Z,
+            E=self.E + other.E,
+        )
+
+    def read(self, rank: int) -> Sketched:
+        """The rank-`rank` approximation of what was added, and how good it is.
+
+        `Q = orth(Y)`, `P = orth(X^T)`, `C = (Phi Q)^+ Z ((Psi^T P)^+)^T`, `D ~ Q trunc_r(C) P^T`
+        (2019, equations 2.7 to 2.11). The weights are as added: divide by `weight` for a mean.
+
+        Raises:
+            ValueError: a rank above the one it was made for.
+        """
+        k = self.X.shape[0]
+        if not 1 <= rank <= k:
+            raise ValueError(
+                f"RunningSum: rank {rank}; expected 1 to {k}, and best up to {k // 2}."
+            )
+        t = _tests(self)
+        scale = float(self.Y.abs().amax()) or 1.0
+        Q, P = torch.linalg.qr(self.Y / scale)[0], torch.linalg.qr(self.X.T / scale)[0]
+        half = torch.linalg.lstsq(t.phi @ Q, self.Z / scale).solution
+        core = torch.linalg.lstsq(t.psi.T @ P, half.T).solution.T
+        U, S, Vh = torch.linalg.svd(core)
+        left, right = Q @ U, Vh @ P.T
+        whole = _error(self, t, (left * S) * scale, right)
+        product = as_product(left[:, :rank], S[:rank], right[:rank], scale, self.seed)
+        error = _error(self, t, product.B, product.A)
+        best = float((S[rank:] * scale).norm()) - whole
+        excess = max(error / best - 1, 0.0) if best > 0 else float("inf")
+        norm = float(self.E.double().norm()) / math.sqrt(ERROR_ROWS)
+        return Sketched(product, error, norm, 0.0 if error <= 1e-6 * norm else excess)
 
 
 @dataclass(frozen=True)
@@ -99,73 +172,6 @@ def running_sum(
     )
 
 
-def add(total: RunningSum, term: LowRank, weight: float) -> RunningSum:
-    """`total + weight * term`, `2 r (k + s) (d_out + d_in)` FLOPs.
-
-    Raises:
-        ValueError: another shape, or numbers that are not finite.
-    """
-    if term.shape != total.shape:
-        raise ValueError(f"RunningSum: a term of shape {term.shape}; expected {total.shape}.")
-    B = term.B.to(total.Y.dtype) * (weight * term.scaling)
-    A = term.A.to(total.Y.dtype)
-    if not (bool(B.isfinite().all()) and bool(A.isfinite().all())):
-        raise ValueError("RunningSum: a term holds NaN or infinite numbers; refuse the update.")
-    t = _tests(total)
-    return replace(
-        total,
-        weight=total.weight + weight,
-        X=total.X + (t.upsilon @ B) @ A,
-        Y=total.Y + B @ (A @ t.omega),
-        Z=total.Z + (t.phi @ B) @ (A @ t.psi),
-        E=total.E + (t.theta @ B) @ A,
-    )
-
-
-def merge(x: RunningSum, y: RunningSum) -> RunningSum:
-    """The sum of both: partial sums of several servers.
-
-    Raises:
-        ValueError: sketches of different shapes, sizes or seeds.
-    """
-    if (x.shape, x.seed, x.X.shape) != (y.shape, y.seed, y.X.shape):
-        raise ValueError(
-            f"RunningSum: cannot merge shape {x.shape}, seed {x.seed}, size {x.X.shape[0]} with "
-            f"{y.shape}, {y.seed}, {y.X.shape[0]}; both must come from the same running_sum(...)."
-        )
-    return replace(
-        x, weight=x.weight + y.weight, X=x.X + y.X, Y=x.Y + y.Y, Z=x.Z + y.Z, E=x.E + y.E
-    )
-
-
-def read(total: RunningSum, rank: int) -> Sketched:
-    """The rank-`rank` approximation of what was added, and how good it is.
-
-    `Q = orth(Y)`, `P = orth(X^T)`, `C = (Phi Q)^+ Z ((Psi^T P)^+)^T`, `D ~ Q trunc_r(C) P^T`
-    (2019, equations 2.7 to 2.11). The weights are as added: divide by `total.weight` for a mean.
-
-    Raises:
-        ValueError: a rank above the one it was made for.
-    """
-    k = total.X.shape[0]
-    if not 1 <= rank <= k:
-        raise ValueError(f"RunningSum: rank {rank}; this sketch was made to give 1 to {k // 2}.")
-    t = _tests(total)
-    scale = float(total.Y.abs().amax()) or 1.0
-    Q, P = torch.linalg.qr(total.Y / scale)[0], torch.linalg.qr(total.X.T / scale)[0]
-    half = torch.linalg.lstsq(t.phi @ Q, total.Z / scale).solution
-    core = torch.linalg.lstsq(t.psi.T @ P, half.T).solution.T
-    U, S, Vh = torch.linalg.svd(core)
-    left, right = Q @ U, Vh @ P.T
-    whole = _error(total, t, (left * S) * scale, right)
-    product = as_product(left[:, :rank], S[:rank], right[:rank], scale, total.seed)
-    error = _error(total, t, product.B, product.A)
-    best = float((S[rank:] * scale).norm()) - whole
-    excess = max(error / best - 1, 0.0) if best > 0 else float("inf")
-    norm = float(total.E.double().norm()) / ERROR_ROWS**0.5
-    return Sketched(product, error, norm, 0.0 if error <= 1e-6 * norm else excess)
-
-
 @dataclass(frozen=True)
 class _TestMatrices:
     upsilon: Tensor
@@ -200,4 +206,4 @@ def _draw(shape: tuple[int, int], k: int, s: int, seed: int, dtype: torch.dtype)
 def _error(total: RunningSum, t: _TestMatrices, B: Tensor, A: Tensor) -> float:
     """`||Theta (D - B A)||_F / sqrt(10)`: its square estimates `||D - B A||_F^2` without bias."""
     rest = total.E.double() - ((t.theta @ B) @ A).double()
-    return float(rest.norm()) / float(ERROR_ROWS) ** 0.5
+    return float(rest.norm()) / math.sqrt(ERROR_ROWS)
