@@ -111,7 +111,7 @@ def methods() -> str:
         m = factories[name]()
         told = [_mark(v) for v in (m.mixed_ranks, m.exact, m.linear, m.stateless)]
         rows.append([f"`{name}`", m.trains, _code(m.up), _code(m.down), *told])
-        settings = ", ".join(f"`{k}` = `{v}`" for k, v in about["settings"].items())
+        settings = ", ".join(f"`{k}` = `{_short(v)}`" for k, v in about["settings"].items())
         summary = _line((factories[name].__doc__ or "").split("\n\n")[0])
         notes.append(f"`{name}`\n: {summary} {_settings(settings)} Source: {m.citation}.\n")
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -128,6 +128,23 @@ def _code(text: str) -> str:
 
 def _mark(value: bool) -> str:
     return "yes" if value else "no"
+
+
+def loaders() -> str:
+    """Every data loader with its settings."""
+    from flexlora.experiment.catalogue import catalogue
+
+    lines = []
+    for kind, settings in catalogue()["data"].items():
+        told = (
+            f"`{k}`" + (f" = `{_short(v)}`" if v else " (required)") for k, v in settings.items()
+        )
+        lines.append(f"`{kind}`\n: {', '.join(told)}\n")
+    return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    return {"None": "none"}.get(text, text.strip("'")) if len(text) < 40 else "..."
 
 
 def ranks() -> str:
@@ -154,13 +171,23 @@ def verbs() -> str:
     for name, command in group.commands.items():
         context = command.make_context(name, [], resilient_parsing=True)
         context.info_name = f"flexlora {name}"
-        parts.append(f"## `flexlora {name}`\n\n```text\n{command.get_help(context)}\n```\n")
+        text = command.get_help(context).replace("\\[", "[")
+        parts.append(f"## `flexlora {name}`\n\n```text\n{text}\n```\n")
     return "\n".join(parts)
+
+
+def names() -> str:
+    """What `import flexlora` gives."""
+    import flexlora
+
+    return ", ".join(f"`{name}`" for name in flexlora.__all__)
 
 
 PARTS: dict[str, Callable[[], str]] = {
     "configuration": configuration,
+    "loaders": loaders,
     "methods": methods,
+    "names": names,
     "ranks": ranks,
     "verbs": verbs,
 }

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from flexlora.federation.state import ServerState as ServerState
     from flexlora.lowrank import LowRank as LowRank
     from flexlora.methods import make as make
-    from flexlora.methods import methods as methods
     from flexlora.training.client import LocalTraining as LocalTraining
     from flexlora.training.evaluate import summary as summary
     from flexlora.training.models import load_base as load_base
@@ -47,7 +46,7 @@ _PLACES = {
     "federation.spool": ("Spool",),
     "federation.state": ("Client", "Method", "ServerState"),
     "lowrank": ("LowRank",),
-    "methods": ("make", "methods"),
+    "methods": ("make",),
     "training.client": ("LocalTraining",),
     "training.evaluate": ("summary",),
     "training.models": ("load_base",),

@@ -47,7 +47,8 @@ class Model(Section):
     name_or_path: str = "smollm2-135m-instruct"
     """A local folder, a GGUF file, a Hub id, or `smollm2-135m-instruct`: the demo model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the base weights; adapters are float32. `auto`: float32 on a CPU, bfloat16 on a GPU."""
+    """Of the base weights; adapters are float32. `auto`: bfloat16 where the hardware
+    multiplies it natively, otherwise float32."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes a GPU where there is one."""
 
