@@ -72,6 +72,14 @@ def resume(folder: RunDir, format: As = Format.text) -> None:
     _finish(proceed(folder, _console(format)), format)
 
 
+@app.command()
+def status(folder: RunDir, format: As = Format.text) -> None:
+    """Where a run stands: rounds, who is connected, ranks, bytes, who was refused."""
+    from flexlora.experiment.status import describe, status
+
+    _print(status(folder), format, describe)
+
+
 @app.command(context_settings=OVERRIDES)
 def demo(ctx: typer.Context, format: As = Format.text) -> None:
     """The quickstart recipe: a 135M model, reasoning tasks, minutes on two CPU cores."""

@@ -80,10 +80,7 @@ def hello(site: Site, asked: Parcel) -> Parcel:
     columns = [c for c in ("instruction", "input", "output") if example and getattr(example, c)]
     about = {
         "flexlora": metadata.version("flexlora"),
-        "wire": VERSION,
-        "base": base.fingerprint,
-        "tokenizer": digest(repr(sorted(base.tokenizer.get_vocab().items())).encode()),
-        "template": digest(str(base.tokenizer.chat_template).encode()),
+        **common(base),
         "precision": _precision(base),
         "client": site.client,
         "rank": site.rank or _affordable(site, asked.about.get("targets", ())),
@@ -94,6 +91,16 @@ def hello(site: Site, asked: Parcel) -> Parcel:
         "cores": psutil.cpu_count() or 1,
     }
     return Parcel(about)
+
+
+def common(base: Base) -> dict[str, Any]:
+    """What a node and its server must have in common: wire format, model, tokenizer, template."""
+    return {
+        "wire": VERSION,
+        "base": base.fingerprint,
+        "tokenizer": digest(repr(sorted(base.tokenizer.get_vocab().items())).encode()),
+        "template": digest(str(base.tokenizer.chat_template).encode()),
+    }
 
 
 def _precision(base: Base) -> str:

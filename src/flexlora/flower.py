@@ -1,0 +1,34 @@
+"""The two apps that `flwr run` names: `flexlora.flower:server_app`, `flexlora.flower:client_app`.
+
+Needs the extra `flexlora[flower]`. See docs/deploy.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from flexlora.engines.flower.client import make_client_app
+from flexlora.engines.flower.messages import Parcel
+
+
+def answer(settings: Mapping[str, Any], kind: str, asked: Parcel) -> Parcel:
+    """What this node replies; torch is imported when the first message comes."""
+    from flexlora.experiment.site import answer as at_site
+
+    return at_site(settings, kind, asked)
+
+
+server_app = ServerApp()
+client_app = make_client_app(answer)
+
+
+@server_app.main()
+def main(grid: Grid, context: Context) -> None:
+    """The server: a run from the configuration that `flwr run -c` names."""
+    from flexlora.experiment.deployed import serve
+
+    serve(grid, context.run_config)
