@@ -161,7 +161,7 @@ def decompose_modules(
         operator: Operator = total.dense() if path == "dense-krylov" else total
         tolerances = (options.tolerance, options.direction_tolerance)
         found = block_krylov(operator, rank, seed, *tolerances, like=total.like)
-    return [_finish(found, total, path, seed, i) for i in range(count)]
+    return [_finish(found, total, path, rank, seed, i) for i in range(count)]
 
 
 def _exact(total: Sum, path: Path, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,7 +171,7 @@ def _exact(total: Sum, path: Path, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return gram_svd(D, rank) if path == "gram" and D.dtype == torch.float32 else dense_svd(D)
 
 
-def _finish(found: Triples, total: Sum, path: Path, seed: int, i: int) -> Decomposition:
+def _finish(found: Triples, total: Sum, path: Path, rank: int, seed: int, i: int) -> Decomposition:
     estimate = found.estimate
     quality = Quality(
         path,
@@ -180,26 +180,27 @@ def _finish(found: Triples, total: Sum, path: Path, seed: int, i: int) -> Decomp
         found.angle[i].double().cpu(),
         found.applies,
     )
-    scale = total.scale[i].item()
-    return Decomposition(as_product(found.U[i], found.S[i], found.Vh[i], scale, seed), quality)
+    parts = (found.U[i], found.S[i], found.Vh[i])
+    return Decomposition(as_product(*parts, total.scale[i].item(), rank, seed), quality)
 
 
 def as_product(
-    U: Float[Tensor, "d_out rank"],
-    S: Float[Tensor, " rank"],
-    Vh: Float[Tensor, "rank d_in"],
+    U: Float[Tensor, "d_out found"],
+    S: Float[Tensor, " found"],
+    Vh: Float[Tensor, "found d_in"],
     scale: float,
+    rank: int,
     seed: int,
 ) -> LowRank:
-    """`U diag(scale S) Vh` as a product of as many rows, degenerate ones orthonormal at random.
+    """`U diag(scale S) Vh` as a product of `rank` rows, missing ones orthonormal at random.
 
     Raises:
         OverflowError: a singular value beyond the dtype's range.
     """
     found = int(S.gt(10 * torch.finfo(S.dtype).eps * S[0]).sum()) if scale > 0 else 0
-    if found < len(S):
-        Vh = complete_rows(Vh[:found], len(S), seed)
-        U, S = (torch.nn.functional.pad(x[..., :found], (0, len(S) - found)) for x in (U, S))
+    if found < rank:
+        Vh = complete_rows(Vh[:found], rank, seed)
+        U, S = (torch.nn.functional.pad(x[..., :found], (0, rank - found)) for x in (U, S))
     sigma = S.double() * scale
     if sigma.amax() > torch.finfo(S.dtype).max:
         raise OverflowError(

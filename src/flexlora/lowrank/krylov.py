@@ -236,7 +236,8 @@ def extend(
     rest = Y - basis @ first
     width = min(Y.shape[2], basis.shape[1] - basis.shape[2])
     Q, _ = torch.linalg.qr(rest[..., :width])
-    Q, _ = torch.linalg.qr(Q - basis @ (basis.mT @ Q))  # twice is enough (Kahan)
+    for _ in range(2):  # "twice is enough" (Kahan) where something new remains; else once more
+        Q, _ = torch.linalg.qr(Q - basis @ (basis.mT @ Q))
     return Q, torch.cat([first + basis.mT @ rest, Q.mT @ rest], 1)
 
 

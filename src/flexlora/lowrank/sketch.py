@@ -122,7 +122,7 @@ class RunningSum:
         U, S, Vh = torch.linalg.svd(core)
         left, right = Q @ U, Vh @ P.T
         whole = _error(self, t, (left * S) * scale, right)
-        product = as_product(left[:, :rank], S[:rank], right[:rank], scale, self.seed)
+        product = as_product(left[:, :rank], S[:rank], right[:rank], scale, rank, self.seed)
         error = _error(self, t, product.B, product.A)
         best = float((S[rank:] * scale).norm()) - whole
         excess = max(error / best - 1, 0.0) if best > 0 else float("inf")
