@@ -1,7 +1,7 @@
 """python examples/quickstart_api.py
 
 The whole of flexlora from Python: clients with unequal ranks, a method, a run, a PEFT adapter.
-Takes about a minute on two CPU cores, after `pip install 'flexlora[demo]'`.
+Takes a minute and a half on two CPU cores, after `pip install 'flexlora[demo]'`.
 """
 
 from pathlib import Path

@@ -16,6 +16,8 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 from experiment.small import write_config
@@ -31,10 +33,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 ELSEWHERE = {"flwr", "flower-superlink", "flower-supernode", "docker", "openssl", "git", "cd"}
 """Commands of deployments: processes and networks, which the tests of the engines start."""
-SMALL = {
-    "data.train": 8, "data.eval": 1, "data.test": 1, "training.max_steps": 1,
-    "evaluation.max_new_tokens": 2, "evaluation.max_generated": 1, "federation.rounds": 1,
+QUICK = {
+    "training.max_steps": 1, "evaluation.max_new_tokens": 2, "evaluation.max_generated": 1,
+    "federation.rounds": 1,
 }  # fmt: skip
+PROBLEMS = {"data.train": 8, "data.eval": 1, "data.test": 1}
+RANKS = {"lora.types": "[1, 2, 3, 4]"}
+"""Cuts: of any run, of reasoning-gym's problems, and of ranks that the tiny model cannot have."""
 SILENT = {"text", "bibtex", "json", "toml", "console", "ini", "nginx"}
 
 
@@ -62,8 +67,8 @@ def folder(tmp_path, monkeypatch, tiny_model_dir, finished) -> Path:
     monkeypatch.setattr(models, "find", lambda name: tiny.get(name) or find(name))
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, tmp_path / "runs" / "quickstart-001")
-    for name, words in (("hospitals.yaml", "ABCD"), ("notes.jsonl", "")):
-        (tmp_path / name).write_text(words)
+    hospitals(tmp_path)
+    partition(tmp_path)
     return tmp_path
 
 
@@ -80,9 +85,20 @@ def hospitals(folder: Path) -> None:
     (folder / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def partition(folder: Path) -> None:
+    """A Parquet file with the release's columns: clients enough for a cohort of 80."""
+    columns = ("client", "task", "category", "split", "instruction", "input", "output")
+    rows = [
+        (f"{c}", f"task {c}", f"{c % 5}", split, "Say it.", f"number {c} {split}", f"{c}")
+        for c in range(100)
+        for split in ("train", "eval", "test")
+    ]
+    table = pyarrow.table(dict(zip(columns, zip(*rows, strict=True), strict=True)))
+    pyarrow.parquet.write_table(table, folder / "natural-instructions-clients.parquet")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_runs(page, folder):
-    hospitals(folder)
     names: dict[str, object] = {"__name__": page.stem}
     for language, line, text in blocks(page):
         if language.startswith("{") or language in SILENT:
@@ -101,16 +117,21 @@ def test_every_block_runs(page, folder):
             pytest.fail(f"{where}: a block in {language or 'no language'}; this test knows none.")
 
 
+def cuts(words: list[str]) -> dict[str, object]:
+    """Overrides that make a command small, without those that it sets itself."""
+    released = any(word.startswith("natural-instructions") for word in words)
+    cut = {**QUICK, **(RANKS if released else PROBLEMS)} if words[0] in ("run", "demo") else {}
+    cut |= RANKS if released else {}
+    return {key: value for key, value in cut.items() if f"--{key}" not in words}
+
+
 def run(words: list[str], where: str) -> None:
     """One line of a shell block."""
     if not words or words[0] in ELSEWHERE:
         return
     program, rest = words[0], words[1:]
     if program == "flexlora":
-        if rest[0] in ("run", "demo"):
-            given = {word.removeprefix("--") for word in rest}
-            rest += [w for k, v in SMALL.items() if k not in given for w in (f"--{k}", str(v))]
-        cli.main(rest)
+        cli.main([*rest, *(w for k, v in cuts(rest).items() for w in (f"--{k}", str(v)))])
     elif program == "make":
         assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.M), where
     elif program == "pip":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -16,7 +17,13 @@ MARKER = re.compile(r"<!-- generated: (\w+) -->")
 def setup(app: Any) -> dict[str, bool]:
     """Called by Sphinx."""
     app.connect("source-read", fill)
+    app.connect("env-get-outdated", generated)
     return {"parallel_read_safe": True}
+
+
+def generated(app: Any, env: Any, *pages: set[str]) -> list[str]:
+    """Pages to build again although their source is as it was: the code may have changed."""
+    return [p for p in env.found_docs if MARKER.search(Path(env.doc2path(p)).read_text("utf-8"))]
 
 
 def fill(app: Any, page: str, source: list[str]) -> None:
@@ -54,7 +61,8 @@ def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
 
 def _type(field: FieldInfo) -> str:
     kind: Any = field.annotation
-    return readable(Annotated[kind, *field.metadata] if field.metadata else kind)
+    told = readable(Annotated[kind, *field.metadata] if field.metadata else kind)
+    return told if len(told) < 90 else "several forms"
 
 
 def readable(kind: Any) -> str:
@@ -167,10 +175,9 @@ def verbs() -> str:
     from flexlora.cli import app
 
     group: Any = typer.main.get_command(app)
-    parts = []
+    parts, program = [], group.make_context("flexlora", [], resilient_parsing=True)
     for name, command in group.commands.items():
-        context = command.make_context(name, [], resilient_parsing=True)
-        context.info_name = f"flexlora {name}"
+        context = command.make_context(name, [], program, resilient_parsing=True)
         text = command.get_help(context).replace("\\[", "[")
         parts.append(f"## `flexlora {name}`\n\n```text\n{text}\n```\n")
     return "\n".join(parts)
