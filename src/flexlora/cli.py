@@ -60,7 +60,9 @@ def run(ctx: typer.Context, recipe: Recipe, format: As = Format.text) -> None:
     from flexlora.experiment.load import load_config
     from flexlora.experiment.run import start
 
-    summary = start(load_config(recipe, ctx.args), Path(recipe).stem, _console(format))
+    config = load_config(recipe, ctx.args)
+    with _console(format) as console:
+        summary = start(config, Path(recipe).stem, console)
     _finish(summary, format)
 
 
@@ -69,7 +71,9 @@ def resume(folder: RunDir, format: As = Format.text) -> None:
     """Continue a run that was stopped or killed, exactly where its last checkpoint is."""
     from flexlora.experiment.run import proceed
 
-    _finish(proceed(folder, _console(format)), format)
+    with _console(format) as console:
+        summary = proceed(folder, console)
+    _finish(summary, format)
 
 
 @app.command()
@@ -118,7 +122,9 @@ def evaluate(
     """Measure a run's adapter, or any other, on the run's seen and unseen clients."""
     from flexlora.experiment.evaluation import describe, evaluate_run
 
-    _print(evaluate_run(folder, adapter, split.value, _console(format)), format, describe)
+    with _console(format) as console:
+        found = evaluate_run(folder, adapter, split.value, console)
+    _print(found, format, describe)
 
 
 @app.command()

@@ -37,6 +37,12 @@ class Console:
         elif time.monotonic() - self._spoke > QUIET_SECONDS:
             self.say(f"  {time.monotonic() - self._started:5.0f} s  {text}")
 
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.rest()
+
     def rest(self) -> None:
         """Take the live line away."""
         if self._status is not None:

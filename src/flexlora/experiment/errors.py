@@ -22,8 +22,12 @@ class Failure(Exception):
         self.code = code
 
 
+INPUT = (ValueError, LookupError, TypeError, OSError, ImportError)
+"""What rooms raise about their input."""
+
+
 @contextmanager
-def blame(code: int, where: str) -> Iterator[None]:
+def blame(code: int, where: str, kinds: tuple[type[Exception], ...] = INPUT) -> Iterator[None]:
     """Errors that the rooms raise about their input become a :class:`Failure` with this exit code.
 
     >>> with blame(DATA, "data"):
@@ -33,7 +37,7 @@ def blame(code: int, where: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, LookupError, TypeError, OSError, ImportError) as error:
+    except kinds as error:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         raise Failure(f"{where}: {text or type(error).__name__}", code) from error
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import psutil
+import torch
 
 from flexlora.experiment import runs
 from flexlora.experiment.bounds import alone, bounded
@@ -39,9 +43,10 @@ from flexlora.experiment.summary import (
     round_line,
     summarise,
 )
-from flexlora.experiment.trackers import Log, trackers
+from flexlora.experiment.trackers import Log, require, trackers
 from flexlora.experiment.workshop import Workshop, open_workshop, settle, settled
 from flexlora.federation import run as federation
+from flexlora.federation.round import RoundRecord
 from flexlora.federation.spool import Spool
 from flexlora.federation.state import ServerState
 
@@ -61,6 +66,7 @@ def start(config: Config, name: str, console: Console) -> dict[str, Any]:
         Failure: anything a user can act on.
     """
     clock = stopwatch()
+    require(config.report_to)
     shop = bounded(open_workshop(config, Path(), console))
     state = first_state(shop.experiment, shop.base.fingerprint)
     shop = replace(shop, folder=runs.create(config, name))
@@ -115,7 +121,8 @@ def _go_on(shop: Workshop, state: ServerState, progress: Progress, clock: Clock)
         return alone(shop, state, clock)
     e, folder, wanted = shop.experiment, shop.folder, shop.experiment.config.evaluation
     with trackers(e.config.report_to, folder, e.config.model_dump(mode="json")) as log:
-        state, progress = _rounds(shop, state, progress, clock, log)
+        with blame(DATA, "training", (ValueError,)):
+            state, progress = _rounds(shop, state, progress, clock, log)
         if e.config.checkpoints.load_best_at_end and progress.best_round:
             state, _ = load_checkpoint(folder / f"checkpoints/round-{progress.best_round:05d}")
         view = global_view(shop, state)
@@ -157,8 +164,9 @@ def _rounds(
         return state, progress
     rounds = federation.run(e.method, state, clients, shop.engine, e.schedule, spool)
     for state, record in rounds:
-        runs.append_metrics(folder, "round", record.to_json())
-        log(record.to_json(), state.round)
+        line = record.to_json() | effort(record)
+        runs.append_metrics(folder, "round", line)
+        log(line, state.round)
         shop.console.say(round_line(record, e.schedule.rounds, clock()))
         ranks = {c: row["ranks"] for c, row in record.clients.items()}
         progress = replace(progress, ranks=dict(sorted({**progress.ranks, **ranks}.items())))
@@ -178,6 +186,26 @@ def _rounds(
         if state.round == 1:
             _first_answer(shop, state)
     return state, progress
+
+
+def effort(record: RoundRecord) -> dict[str, float]:
+    """Tokens a second while training, and the most memory this process has taken so far."""
+    tokens = sum(row.get("tokens", 0.0) for row in record.clients.values())
+    rates = {"tokens_per_second": tokens / max(record.seconds.get("train", 0.0), 1e-9)}
+    if torch.cuda.is_available():
+        return rates | {"peak_memory_bytes": torch.cuda.max_memory_allocated()}
+    memory = psutil.Process().memory_info()
+    return rates | {"peak_memory_bytes": getattr(memory, "peak_wset", None) or high_water(memory)}
+
+
+def high_water(memory: Any) -> int:
+    """Peak resident bytes where the system keeps them, otherwise what is resident now."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(memory.rss)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _on_the_way(shop: Workshop, view: View, log: Log | None = None) -> float | None:

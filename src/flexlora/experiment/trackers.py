@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from flexlora.experiment.errors import USAGE, Failure
+from flexlora.experiment.errors import Failure
 
 Log = Callable[[Mapping[str, Any], int], None]
 """`log(values, round)`: nested mappings become names with slashes; only numbers are logged."""
 
 
-@contextmanager
-def trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> Iterator[Log]:
-    """One function that logs to all of these; they are closed at the end.
+def require(names: Sequence[str]) -> None:
+    """Refuse, before anything starts, a tracker that is not installed.
 
     Raises:
-        Failure: a tracker that is not installed.
+        Failure: says what to install.
     """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise Failure(f"report_to: {name!r} is not installed: pip install 'flexlora[{name}]'.")
+
+
+@contextmanager
+def trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> Iterator[Log]:
+    """One function that logs to all of these; they are closed at the end."""
     with ExitStack() as stack:
-        logs = []
-        for name in names:
-            try:
-                logs.append(stack.enter_context(_OPEN[name](folder, config)))
-            except ImportError as error:
-                raise Failure(
-                    f"report_to: {name!r} is not installed ({error}): "
-                    f"pip install 'flexlora[{name}]'.",
-                    USAGE,
-                ) from error
+        logs = [stack.enter_context(_OPEN[name](folder, config)) for name in names]
 
         def log(values: Mapping[str, Any], round: int) -> None:
             numbers = dict(flatten(values))
