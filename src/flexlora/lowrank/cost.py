@@ -69,7 +69,7 @@ def cost(
     | path | products | factorisations |
     |---|---|---|
     | core | `2 R^3 + 2 (m + n) R r` | QR `4 (m + n) R^2`, SVD `22 R^3` |
-    | gram | `2 m n R + 4 m n k + 4 m n r` | eigh `9 k^3` in float64 (twice), QR `4 max r^2` |
+    | gram | `2 m n R + 4 m n k + 2 m n r + 2 (m + n) r^2` | eigh `9 k^3` in float64 (twice), QR `4 max r^2` |
     | dense | `2 m n R` | SVD `22 k^3 + 4 (m n - k^2) k` |
     | dense-krylov | `2 m n R + 4 m n l`, orthogonalisation | QR `8 (m + n) l b`, SVD `22 l^3` |
     | krylov | `4 R (m + n) l`, orthogonalisation | the same |
@@ -83,7 +83,12 @@ def cost(
         return Cost(work, 4.0 * (m + n) * R**2 + 22.0 * R**3, read, 10 + terms)
     if path == "gram":
         factor = 2 * 9.0 * k**3 + 4.0 * max(m, n) * r**2 + 22.0 * r**3
-        return Cost(form + 4.0 * m * n * k + 4.0 * m * n * r, factor, 4 * moved, 10 + terms)
+        return Cost(
+            form + 4.0 * m * n * k + 2.0 * m * n * r + 2.0 * (m + n) * r**2,
+            factor,
+            4 * moved,
+            10 + terms,
+        )
     if path == "dense":
         return Cost(form, 22.0 * k**3 + 4.0 * (m * n - k * k) * k, 2 * moved, 2 + terms)
     b, width = block_size(r), expected_width(r, k)

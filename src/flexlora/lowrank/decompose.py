@@ -166,7 +166,7 @@ def decompose_modules(
 
 def _exact(total: Sum, path: Path, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if path == "core":
-        return core_svd(*total.stacked())
+        return core_svd(*total.stacked(), rank)
     D = total.dense().D
     return gram_svd(D, rank) if path == "gram" and D.dtype == torch.float32 else dense_svd(D)
 

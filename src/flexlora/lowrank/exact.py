@@ -12,15 +12,17 @@ Factors = tuple[
 """`U, S, Vh`, singular values descending."""
 
 
-def core_svd(B: Float[Tensor, "modules d_out R"], A: Float[Tensor, "modules R d_in"]) -> Factors:
-    """SVD of `B @ A` by thin QR of both factors and the SVD of the `(R, R)` core. All of it.
+def core_svd(
+    B: Float[Tensor, "modules d_out R"], A: Float[Tensor, "modules R d_in"], rank: int
+) -> Factors:
+    """Leading triples of `B @ A` by thin QR of both factors and the SVD of the `(R, R)` core.
 
     Cost `4 (d_out + d_in) R^2 + 24 R^3` FLOPs: for `R` well below `min(d_out, d_in)`.
     """
     Qb, Rb = torch.linalg.qr(B)
     Qa, Ra = torch.linalg.qr(A.mT)
     U, S, Vh = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
-    return Qb @ U, S, Vh @ Qa.mT
+    return Qb @ U[..., :rank], S[..., :rank], Vh[..., :rank, :] @ Qa.mT
 
 
 def gram_svd(D: Float[Tensor, "modules d_out d_in"], rank: int) -> Factors:
