@@ -31,6 +31,5 @@ default_role = "code"  # docstrings write `code` as Markdown does
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-suppress_warnings = ["toc.empty_glob"]  # pages that a checkout may not have
 napoleon_google_docstring = True
 napoleon_use_ivar = True

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+FURTHER = ("aggregation", "simulator", "comparison", "deploy")
 MARKER = re.compile(r"<!-- generated: (\w+) -->")
 
 
@@ -190,8 +191,16 @@ def names() -> str:
     return ", ".join(f"`{name}`" for name in flexlora.__all__)
 
 
+def further() -> str:
+    """A table of contents of the pages on single rooms, those that there are."""
+    there = [p for p in FURTHER if (Path(__file__).parents[1] / f"{p}.md").is_file()]
+    lines = ["```{toctree}", ":caption: Further", ":maxdepth: 1", "", *there, "```"]
+    return "\n".join(lines) if there else ""
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "configuration": configuration,
+    "further": further,
     "loaders": loaders,
     "methods": methods,
     "names": names,

@@ -17,9 +17,9 @@ import torch
 
 from flexlora.lowrank import LowRank, index_mean, stack
 
-D_OUT, D_IN, RANK, TRIALS = 192, 128, 8, 3
+D_OUT, D_IN, RANK, TRIALS = 192, 128, 8, 10
 CLIENTS = (2, 5, 20, 80)
-SPREADS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+SPREADS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 IMAGE = Path(__file__).parents[1] / "images" / "averaging.svg"
 
 
@@ -91,10 +91,9 @@ def plot(rows: dict[str, dict[int, float]], path: Path) -> None:
         axes.plot(SPREADS, errors, "o-", ms=3, color=colour, label=f"{count} clients")
     axes.axhline(0, color="#d1603d", lw=1.5, label="averaging products")
     axes.set(
-        xscale="symlog", ylim=(-0.03, 1.05), ylabel="error / norm of the true average",
-        xlabel="what clients' factors do not share, relative to what they do",
+        xscale="log", ylim=(-0.03, 1.05), ylabel="error / norm of the true average",
+        xlabel="spread: what clients' factors do not share, relative to what they do",
     )  # fmt: skip
-    axes.set_xscale("symlog", linthresh=0.1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")
     path.parent.mkdir(exist_ok=True)
