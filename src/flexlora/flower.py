@@ -16,7 +16,11 @@ from flexlora.engines.flower.messages import Parcel
 
 
 def answer(settings: Mapping[str, Any], kind: str, asked: Parcel) -> Parcel:
-    """What this node replies; torch is imported when the first message comes."""
+    """This node's reply, from the worker that keeps its model; `worker=false` does without one."""
+    if settings.get("worker", True):
+        from flexlora.experiment.worker import ask
+
+        return ask(settings, kind, asked)
     from flexlora.experiment.site import answer as at_site
 
     return at_site(settings, kind, asked)
