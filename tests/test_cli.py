@@ -320,6 +320,20 @@ def test_evaluate_plan_validate_methods_schema(flexlora, small, finished):
     assert json.loads(flexlora("schema")[1])["title"] == "Config"
 
 
+def test_cross_silo_takes_everybody(flexlora, small):
+    silo = ["--federation.setting", "cross-silo"]
+    code, _, err = flexlora("run", small, *silo)
+    assert code == 2
+    assert "a cohort of 2 of 4 clients" in err
+    everybody = [*silo, "--federation.clients_per_round", "null", "--federation.rounds", 1]
+    code, out, _ = flexlora("run", small, *everybody)
+    assert code == 0
+    assert "1 rounds, 4 clients a round: 4 clients registered, 4 ever sampled" in out
+    code, _, err = flexlora("plan", small, "--method.name", "fedsa-lora")
+    assert code == 2
+    assert "cross-silo" in err
+
+
 @pytest.mark.parametrize("name", ["local-only", "centralised", "fedit"])
 def test_bounds_and_one_rank_methods(flexlora, small, name):
     code, out, err = flexlora("run", small, "--method.name", name, "--format", "json")

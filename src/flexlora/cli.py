@@ -195,6 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _stop(str(error), error.code, debug)
     except (KeyboardInterrupt, click.Abort):
         _stop("interrupted; flexlora resume RUN goes on from the last checkpoint", INTERRUPTED)
+    except ModuleNotFoundError as error:
+        _stop(f"{error}. Install flexlora with what it needs: pip install flexlora", 1, debug)
     except Exception as error:
         advice = (
             "This is a bug in flexlora; please report it with the traceback that --debug shows."
