@@ -53,19 +53,24 @@ class Experiment:
     notes: tuple[str, ...] = ()
 
 
-def build(config: Config, shapes: Shapes) -> Experiment:
+def build(config: Config, shapes: Shapes, like: Experiment | None = None) -> Experiment:
     """Check a configuration against its data and the model's layers.
 
     Args:
         config: the configuration.
         shapes: of every linear layer of the base model.
+        like: an experiment whose data and split are used again where the configuration's are the
+            same; large tables take a minute to split.
 
     Raises:
         Failure: with the code of what is wrong: 2 configuration, 3 data, 4 model.
     """
     with blame(USAGE, "method"):
         method = build_method(config)
-    population, seen, unseen = build_population(config)
+    if like is not None and like.config.data == config.data:
+        population, seen, unseen = like.population, like.seen, like.unseen
+    else:
+        population, seen, unseen = build_population(config)
     with blame(USAGE, "lora"):
         targets = select(shapes, config.lora.target_modules)
     shapes = {m: shapes[m] for m in targets}

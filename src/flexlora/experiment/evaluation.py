@@ -84,6 +84,7 @@ def table(population: Population, found: Mapping[str, Scores]) -> dict[str, Any]
         "weighted": summary(found, weighted=True),
         "by_category": {name: summary(group) for name, group in sorted(categories.items())},
         "each": {c: dict(s.values) for c, s in found.items()},
+        "categories": {c: population[c].category for c in found},
     }
 
 

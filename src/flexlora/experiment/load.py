@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from flexlora.experiment.config import Config, Open
 from flexlora.experiment.errors import USAGE, Failure, nearest
 
+Checked = TypeVar("Checked", bound=BaseModel)
 Where = dict[tuple[str, ...], str]
 """Dotted path of a key -> the place it was written."""
 
@@ -47,12 +48,24 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         Failure: a missing file, YAML that cannot be read, an unknown key, a bad value.
     """
+    raw, where, path = read_recipe(source, overrides)
+    return validate(raw, where, path)
+
+
+def read_recipe(
+    source: str | Path, overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], Where, str]:
+    """A recipe with overrides on top, unchecked: the data, the place of every key, the file.
+
+    Raises:
+        Failure: a missing file, YAML that cannot be read, words that are no overrides.
+    """
     path = find_recipe(str(source))
     raw, where = read_yaml(path)
     for key, value in parse_overrides(overrides):
-        _place(raw, key, value)
+        place(raw, key, value)
         where[key] = f"--{'.'.join(key)}"
-    return validate(raw, where, str(path))
+    return raw, where, str(path)
 
 
 def find_recipe(name: str) -> Path:
@@ -127,26 +140,33 @@ def parse_overrides(words: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Any
             raise Failure(f"--{name}: {value!r} is not readable as YAML: {error}") from error
 
 
-def validate(raw: Mapping[str, Any], where: Where | None = None, source: str = "config") -> Config:
-    """A checked configuration from plain data.
+def validate(
+    raw: Mapping[str, Any],
+    where: Where | None = None,
+    source: str = "config",
+    schema: type[Checked] = Config,  # type: ignore[assignment]
+) -> Checked:
+    """A checked configuration from plain data; `schema` is what it must be, a run's by default.
 
     Raises:
         Failure: lists every problem, each with its place and, for an unknown key, the nearest name.
     """
     try:
-        return Config.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as error:
         lines: dict[str, str] = {}
         for problem in error.errors():  # a union complains once per branch: the first one will do
-            dotted, line = _explain(dict(problem), where or {}, source)
+            dotted, line = _explain(dict(problem), where or {}, source, schema)
             lines.setdefault(dotted, line)
         raise Failure("\n".join(lines.values()), USAGE) from error
 
 
-def _explain(error: Mapping[str, Any], where: Where, source: str) -> tuple[str, str]:
+def _explain(
+    error: Mapping[str, Any], where: Where, source: str, schema: type[BaseModel]
+) -> tuple[str, str]:
     """The dotted path of one problem, and the line that tells the user about it."""
     path = tuple(str(part) for part in error["loc"])
-    model: Any = Config
+    model: Any = schema
     known: list[str] = []
     for depth, part in enumerate(path):
         fields: dict[str, FieldInfo] = getattr(model, "model_fields", {})
@@ -179,7 +199,8 @@ def _keys(node: Any, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
             yield from _keys(value, path)
 
 
-def _place(raw: dict[str, Any], key: tuple[str, ...], value: Any) -> None:
+def place(raw: dict[str, Any], key: tuple[str, ...], value: Any) -> None:
+    """Set what a dotted path names, making the sections on the way."""
     for part in key[:-1]:
         below = raw.get(part)
         if not isinstance(below, dict):

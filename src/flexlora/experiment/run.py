@@ -54,27 +54,30 @@ SPOOL_BYTES = 1 << 30
 """Updates of a round beyond this go to disk."""
 
 
-def start(config: Config, name: str, console: Console) -> dict[str, Any]:
+def start(
+    config: Config, name: str, console: Console, like: Workshop | None = None
+) -> dict[str, Any]:
     """A new run in a directory of its own; returns its summary.
 
     Args:
         config: checked.
         name: of the recipe, for the directory.
         console: where people read.
+        like: an open workshop, whose base model and data are used again where they are the same.
 
     Raises:
         Failure: anything a user can act on.
     """
     clock = stopwatch()
     require(config.report_to)
-    shop = bounded(open_workshop(config, Path(), console))
+    shop = bounded(open_workshop(config, Path(), console, like))
     state = first_state(shop.experiment, shop.base.fingerprint)
     shop = replace(shop, folder=runs.create(config, name))
     runs.identify(shop.folder, shop.base.name, shop.base.fingerprint)
     return _begin(shop, state, clock)
 
 
-def proceed(folder: Path, console: Console) -> dict[str, Any]:
+def proceed(folder: Path, console: Console, like: Workshop | None = None) -> dict[str, Any]:
     """Take a run up at its last checkpoint; a finished one only returns its summary.
 
     Raises:
@@ -85,7 +88,7 @@ def proceed(folder: Path, console: Console) -> dict[str, Any]:
         summary = runs.read(folder / "summary.json")
         console.say(f"{folder} is finished.\n\n{describe(summary)}")
         return summary
-    shop = bounded(open_workshop(config, folder, console))
+    shop = bounded(open_workshop(config, folder, console, like))
     runs.identify(folder, shop.base.name, shop.base.fingerprint)
     saved = checkpoints(folder / "checkpoints")
     if not saved:  # killed before anything was trained

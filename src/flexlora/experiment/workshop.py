@@ -36,16 +36,27 @@ class Workshop:
     console: Console
 
 
-def open_workshop(config: Config, folder: Path, console: Console) -> Workshop:
+def open_workshop(
+    config: Config, folder: Path, console: Console, like: Workshop | None = None
+) -> Workshop:
     """Load the base model and the data of a configuration.
+
+    Args:
+        config: checked.
+        folder: of the run.
+        console: where people read.
+        like: an open workshop, whose base model and data are used again where they are the same.
 
     Raises:
         Failure: with the code of what is wrong.
     """
-    console.progress(f"loading {config.model.name_or_path}")
-    with blame(MODEL, "model"):
-        base = load_base(config.model.name_or_path, config.model.dtype, config.model.device)
-    experiment = build(config, base.shapes)
+    if like is not None and like.experiment.config.model == config.model:
+        base = like.base
+    else:
+        console.progress(f"loading {config.model.name_or_path}")
+        with blame(MODEL, "model"):
+            base = load_base(config.model.name_or_path, config.model.dtype, config.model.device)
+    experiment = build(config, base.shapes, like.experiment if like else None)
     prompting = Prompting(
         config.data.template,
         config.training.max_length,
