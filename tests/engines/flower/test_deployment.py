@@ -1,0 +1,178 @@
+"""Real Flower processes over TLS with node keys: docs/deploy.md, as it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flexlora.experiment import runs
+from flexlora.federation import ledger
+
+pytest.importorskip("flwr", reason="needs flwr: pip install 'flexlora[flower]'")
+pytestmark = pytest.mark.deployment
+
+ROOT = Path(__file__).resolve().parents[3]
+PORTS = (18443, 19443, 19091, 19092)
+
+
+def blocks() -> list[str]:
+    """The commands of the walk-through, one per step."""
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    section = text.split("## Two sites on one machine")[1].split("\n## ")[0]
+    return re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+
+
+class Lab:
+    """A shell in a copy of the repository's examples, with the walk-through's steps in it."""
+
+    def __init__(self, folder: Path, model: Path, public: int) -> None:
+        self.folder, self.lab, self.model, self.public = folder, folder / "lab", model, public
+        (folder / "examples").mkdir(parents=True)
+        shutil.copytree(ROOT / "examples" / "deployment", folder / "examples" / "deployment")
+        self.environment = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HOME": str(folder),
+            "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT / "src")),
+            "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(folder),
+        }
+
+    def run(self, *steps: str, timeout: float = 400) -> str:
+        """Steps in one shell, from the first one's folder or the lab; stops at an error."""
+        if self.lab.exists():
+            before = "cd lab; . ./environment.sh; export FLWR_HOME=$PWD/home-admin\n"
+        else:
+            before = ""
+        script = "set -euo pipefail\n" + before + "\n".join(steps)
+        script = script.replace("127.0.0.1:19443", f"127.0.0.1:{self.public}")
+        log = self.folder / "shell.log"
+        with log.open("ab") as out:
+            at = out.tell()
+            done = subprocess.run(
+                ["bash", "-c", script], cwd=self.folder, env=self.environment,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=timeout,
+            )  # fmt: skip
+        said = log.read_bytes()[at:].decode()
+        assert done.returncode == 0, said + self.logs()
+        return said
+
+    def logs(self) -> str:
+        tails = []
+        for path in [*self.lab.glob("logs/*.log"), *self.lab.glob("*/errors.log")]:
+            tails.append(f"== {path.name}\n" + path.read_text()[-1500:])
+        return "\n".join(tails)
+
+    def use(self, model: Path) -> None:
+        path = self.lab / "config.yaml"
+        path.write_text(path.read_text().replace("smollm2-135m-instruct", str(model)))
+
+    def stop(self) -> None:
+        """End what the steps started, by its ids, and wait for it."""
+        pids = self.lab / "pids"
+        ours = [int(pid) for pid in pids.read_text().split()] if pids.exists() else []
+        for pid in ours:
+            if psutil.pid_exists(pid):
+                os.kill(pid, signal.SIGTERM)
+        end = time.monotonic() + 30
+        while any(map(alive, ours)) and time.monotonic() < end:
+            time.sleep(0.2)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+def lab(tmp_path, tiny_model_dir) -> Iterator[Lab]:
+    for port in PORTS:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                pytest.skip(f"port {port} is in use")
+    public = 19443 if shutil.which("nginx") else 18443
+    made = Lab(tmp_path, tiny_model_dir, public)
+    yield made
+    made.stop()
+
+
+def without_nginx(step: str) -> str:
+    """The step, without the proxy where nginx is not installed: nodes then call the SuperLink."""
+    if shutil.which("nginx"):
+        return step
+    lines = step.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("nginx "))
+    return "\n".join(lines[:at] + lines[at + 2 :])
+
+
+def test_the_walk_through_as_written(lab):
+    first, server, operator, sites, run, stop = blocks()
+    lab.run(first)
+    lab.use(lab.model)
+    lab.run(without_nginx(server))
+    lab.run(operator)
+    lab.run(sites)
+    said = lab.run(run)
+    assert "finished, 2 of 2 rounds" in said, said + lab.logs()
+    assert "rank 8" in said
+    admitted = ledger.admitted(lab.lab / "run" / "ledger.jsonl")
+    assert admitted == dict.fromkeys((1, 2), ("chain_sum", "letter_counting")), lab.logs()
+    summary = runs.read(lab.lab / "run" / "summary.json")
+    assert summary["ranks"] == {"chain_sum": [4], "letter_counting": [16]}
+    lab.run(stop)
+
+
+def test_who_is_not_let_in(lab):
+    """No key, an unregistered key, a wrong CA, plaintext: the node ends with an error."""
+    first, server, operator, *_ = blocks()
+    lab.run(first)
+    lab.run(without_nginx(server))
+    lab.run(operator)
+    lab.run(
+        "ssh-keygen -q -t ecdsa -b 384 -N '' -f keys/stranger",
+        "./certificates.sh wrong localhost 127.0.0.1",
+    )
+    node = f"flower-supernode --superlink 127.0.0.1:{lab.public} --host 127.0.0.1 --max-retries 2"
+    trusted = "--root-certificates certs/ca.crt"
+    attempts = {
+        "stranger": f"{trusted} --auth-supernode-private-key keys/stranger",
+        "no key": trusted,
+        "wrong CA": "--root-certificates wrong/ca.crt --auth-supernode-private-key keys/north",
+        "plaintext": "--insecure",
+    }
+    for i, (name, options) in enumerate(attempts.items()):
+        home = f"export FLWR_HOME=$PWD/home-{i}; mkdir -p $FLWR_HOME"
+        said = lab.run(home, f"! timeout 60 {node} --port {19300 + i} {options}; echo refused")
+        assert said.endswith("refused\n"), name
+        assert "Traceback" not in said or "refused" in said
+    listed = lab.run("flwr supernode list lab --format json")
+    nodes = json.loads(listed[listed.index("{") :])["nodes"]
+    assert {n["status"] for n in nodes} <= {"registered", "offline", "created"}, nodes
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx on the PATH")
+def test_the_proxy_lets_nobody_else_in(lab):
+    first, server, *_ = blocks()
+    lab.run(first)
+    lab.run(server)
+    time.sleep(5)
+    fetch = "import ssl, urllib.request, urllib.error\n"
+    fetch += "c = ssl.create_default_context(cafile='certs/ca.crt')\n"
+    fetch += "for p in ('/', '/docs', '/v1/control/list-runs', '/v1/runtime/acquire-task'):\n"
+    fetch += " try: print(urllib.request.urlopen('https://127.0.0.1:19443'+p, context=c).status)\n"
+    fetch += " except urllib.error.HTTPError as e: print(e.code)\n"
+    (lab.lab / "fetch.py").write_text(fetch)
+    assert lab.run("python fetch.py").split() == ["403"] * 4
