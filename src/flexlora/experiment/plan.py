@@ -27,7 +27,7 @@ from flexlora.training.memory import BYTES_PER_TRAINED_NUMBER, MOST_CLIENTS
 from flexlora.training.models import outline, resolve_dtype
 
 EFFICIENCY = 0.5
-"""Of a large matrix product's speed that training reaches; measured 0.4 to 0.6 on two CPU cores."""
+"""Of a large matrix product's speed that training is taken to reach; an assumption."""
 CHARACTERS_PER_TOKEN = 3.5
 
 
