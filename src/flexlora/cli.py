@@ -145,6 +145,38 @@ def export(
     print(export_run(folder, to, rank, energy, merged))
 
 
+@app.command(context_settings=OVERRIDES)
+def compare(
+    ctx: typer.Context,
+    recipe: Annotated[
+        str, typer.Argument(help="A YAML file, or a shipped recipe such as compare-quick.")
+    ],
+    format: As = Format.text,
+) -> None:
+    """Run methods x ranks x settings x seeds, each cell resumable, and test the differences."""
+    from flexlora.experiment.compare.grid import load_comparison
+    from flexlora.experiment.compare.run import compare
+
+    comparison = load_comparison(recipe, ctx.args)
+    folder = Path(comparison.output_dir or Path("comparisons") / Path(recipe).stem)
+    with _console(format) as console:
+        found = compare(comparison, folder, console)
+    _finish(found, format)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Of a run or of a comparison.", metavar="DIR")],
+    to: Annotated[
+        Path | None, typer.Option(help="File to write; default: report.html in DIR.")
+    ] = None,
+) -> None:
+    """One self-contained HTML file about a run or a comparison; it opens without a network."""
+    from flexlora.experiment.report.page import write_report
+
+    print(write_report(folder, to))
+
+
 @app.command()
 def methods(format: As = Format.text) -> None:
     """List the methods, data loaders and trackers, with their settings."""

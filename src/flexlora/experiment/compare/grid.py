@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -75,6 +76,8 @@ class Comparison(Section):
     export_rank: Positive | None = None
     """Rank at which every arm's model is exported and measured; default: the smallest of the run's
     clients."""
+    output_dir: str | None = None
+    """New, or of the same comparison, which then goes on. Default: `comparisons/<recipe>`."""
 
     @field_validator("seeds", "learning_rates")
     @classmethod
@@ -179,14 +182,14 @@ def configure(
         Failure: a key or a value that a run does not take.
     """
     raw: dict[str, Any] = read_recipe(comparison.recipe)[0] if comparison.recipe else {}
-    _merge(raw, comparison.run)
+    _merge(raw, deepcopy(comparison.run))
     about = comparison.methods[arm.method]
     dotted = {k: v for k, v in about.items() if "." in k} | comparison.settings[arm.setting]
     raw["method"] = {"name": arm.method, **{k: v for k, v in about.items() if "." not in k}}
     for key, value in dotted.items():
-        place(raw, tuple(key.split(".")), value)
+        place(raw, tuple(key.split(".")), deepcopy(value))
     if comparison.ranks[arm.ranks] is not None:
-        place(raw, ("lora", "r"), comparison.ranks[arm.ranks])
+        place(raw, ("lora", "r"), deepcopy(comparison.ranks[arm.ranks]))
     place(raw, ("federation", "seed"), seed)
     if rate is not None:
         place(raw, ("training", "learning_rate"), rate)
