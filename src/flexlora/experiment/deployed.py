@@ -49,6 +49,7 @@ def serve(grid: Grid, settings: Mapping[str, Any]) -> dict[str, Any]:
         server.console.say(f"{server.folder} is finished")
         return runs.read(server.folder / "summary.json")
     _wait(server)
+    clients_now(server)  # a round that was interrupted has its people already, not their nodes
     first = first_state(server)
     state, _ = durable.last_saved(server.folder, first)
     if state.round == 0 and server.config.evaluation.every:

@@ -15,6 +15,7 @@ from engines.flower.inproc import InProcess
 
 from flexlora.cli import app
 from flexlora.engines.flower.client import make_client_app
+from flexlora.engines.flower.grid import Flower
 from flexlora.experiment import deployed, runs
 from flexlora.experiment.checkpoints import checkpoints, load_checkpoint
 from flexlora.experiment.durable import fingerprint
@@ -112,6 +113,30 @@ def test_a_server_that_stops_after_a_round_goes_on_to_the_same_state(
     assert "not finished, 1 of 3" in status
     assert "north" in status
     deployed.serve(grid, again)
+    resumed, _ = load_checkpoint(checkpoints(tmp_path / "again" / "checkpoints")[-1])
+    assert fingerprint(resumed) == fingerprint(whole)
+
+
+def test_a_server_that_stops_within_a_round_asks_only_those_it_lacks(
+    tmp_path, config, grid, monkeypatch
+):
+    deployed.serve(grid, terms(tmp_path, config))
+    whole, _ = load_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[-1])
+    again = terms(tmp_path, config) | {"output-dir": str(tmp_path / "again")}
+    real, asked = Flower.train, []
+
+    def interrupted(self, payloads, clients):
+        asked.append(len(payloads))
+        for n, found in enumerate(real(self, payloads, clients)):
+            if n == 1 and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(Flower, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        deployed.serve(grid, again)
+    deployed.serve(grid, again)
+    assert asked == [3, 2, 3, 3]
     resumed, _ = load_checkpoint(checkpoints(tmp_path / "again" / "checkpoints")[-1])
     assert fingerprint(resumed) == fingerprint(whole)
 
