@@ -73,6 +73,7 @@ def _connected(address: str, folder: Path) -> Connection:
         started = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
+    threading.Thread(target=started.wait, daemon=True).start()  # it may end before its caller
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and started.poll() is None:
         try:
