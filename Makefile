@@ -16,8 +16,9 @@ demo: $(VENV)/.demo  ## a federated fine-tuning of SmolLM2-135M, start to end, o
 test: $(VENV)/.dev  ## the whole test suite
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q $(PYTEST)
 
-test-deployment: $(VENV)/.dev  ## the tests with real Flower processes, TLS and node keys
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m deployment $(PYTEST)
+test-deployment: $(VENV)/.dev  ## all tests of the Flower engine: real processes, TLS, node keys, kills
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -m "not durability" \
+	  tests/engines/flower $(PYTEST)
 
 test-durability: $(VENV)/.dev  ## 200 kills of the server, 100,000 mutated updates
 	OMP_NUM_THREADS=1 FLEXLORA_MUTATIONS=100000 $(BIN)/python -m pytest -q -m "durability or not durability" \

@@ -62,6 +62,40 @@ def of_size(megabytes: int, nodes: int) -> tuple[ServerState, list[Client]]:
     return ServerState(0, "base", G), [Client(f"c{i}", LoraSpec(RANK), 10) for i in range(nodes)]
 
 
+def llama_3_8b() -> tuple[ServerState, list[Client]]:
+    """One client with every linear layer of LLaMA-3-8B at rank 64: 168 million numbers."""
+    layer = {
+        "q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096),
+        "o_proj": (4096, 4096), "gate_proj": (14336, 4096), "up_proj": (14336, 4096),
+        "down_proj": (4096, 14336),
+    }  # fmt: skip
+    shapes = {f"layers.{i}.{name}": shape for i in range(32) for name, shape in layer.items()}
+    G = initial_adapter(shapes, dict.fromkeys(shapes, 64), 0)
+    return ServerState(0, "base", G, wire="bfloat16"), [Client("c0", LoraSpec(64), 10)]
+
+
+def through_the_wire() -> dict:
+    """That adapter to a node and back, without a round around it."""
+    (state, (client,)), seen = llama_3_8b(), []
+
+    def answer(config, kind, asked):
+        payload = decode_payload(asked.data)
+        update = encode_update(moved(payload), payload, digest(asked.data), "bfloat16")
+        seen.append((len(asked.data), len(update)))
+        return Parcel({}, update)
+
+    grid = InProcess(make_client_app(answer), [{}])
+    flower = Flower(grid, {"c0": 100}, "bfloat16", "r", poll=0.0)
+    payload = make("flexlora").downlink(state, client)
+    began = time.perf_counter()
+    (update,) = flower.train([payload], {"c0": client})
+    seconds = time.perf_counter() - began
+    assert update.adapter["layers.0.q_proj"].rank == 64
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    down, up = seen[0]
+    return {"down": down, "up": up, "seconds": round(seconds, 1), "peak_mib": round(peak)}
+
+
 class Instant:
     """An embedded engine whose training costs nothing."""
 
@@ -173,17 +207,23 @@ def main() -> None:
                     f"{megabytes:>5} MB {nodes:>5} {over:>9} {found['seconds']:>8.2f} "
                     f"{found['peak_mib']:>9}"
                 )
+    command = [sys.executable, __file__, "llama-3-8b"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    llama = json.loads(done.stdout)
+    print(f"\nLLaMA-3-8B, rank 64, bfloat16, there and back: {llama}")
     rate = admitted_per_second()
     print(f"\n{rate:.0f} updates of 9 MB a second from bytes to admitted")
     for wire, found in wires.items():
         print(f"{wire}: {found}")
     about = {"threads": torch.get_num_threads(), "admitted_per_second": round(rate, 1)}
-    print(json.dumps({**about, "rounds": sizes, "wire": wires}))
+    print(json.dumps({**about, "rounds": sizes, "wire": wires, "llama_3_8b": llama}))
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 4:
         torch.set_num_threads(2)
         print(json.dumps(round_cost(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])))
+    elif sys.argv[1:] == ["llama-3-8b"]:
+        print(json.dumps(through_the_wire()))
     else:
         main()

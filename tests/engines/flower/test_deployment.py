@@ -23,8 +23,6 @@ from flexlora.federation import ledger
 from flexlora.federation.state import ServerState
 
 pytest.importorskip("flwr", reason="needs flwr: pip install 'flexlora[flower]'")
-pytestmark = pytest.mark.deployment
-
 ROOT = Path(__file__).resolve().parents[3]
 PORTS = (18443, 19443, 19091, 19092, 19093)
 
@@ -137,6 +135,7 @@ def test_the_walk_through_as_written(lab):
     lab.run(stop)
 
 
+@pytest.mark.deployment
 def test_who_is_not_let_in(lab):
     """No key, an unregistered key, a wrong CA, plaintext: the node ends with an error."""
     first, server, operator, *_ = blocks()
@@ -166,6 +165,7 @@ def test_who_is_not_let_in(lab):
     assert {n["status"] for n in nodes} <= {"registered", "offline", "created"}, nodes
 
 
+@pytest.mark.deployment
 @pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx on the PATH")
 def test_the_proxy_lets_nobody_else_in(lab):
     first, server, *_ = blocks()
@@ -222,6 +222,7 @@ def until(there: Callable[[], object], seconds: float = 180) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.deployment
 def test_three_sites_are_the_embedded_engine_even_if_the_server_is_killed(three):
     """SIGKILL of the server app in round 1, then the same command again."""
     lab, folder = three, three.lab / "run"
@@ -247,6 +248,7 @@ def test_three_sites_are_the_embedded_engine_even_if_the_server_is_killed(three)
     assert state.round == reference.round == 2
 
 
+@pytest.mark.deployment
 def test_a_killed_node_is_named_and_the_round_goes_on(three):
     lab, folder = three, three.lab / "run"
     lab.run(submit("run", deadline=40.0) + " > logs/first.log 2>&1 &\necho $! >> pids")
