@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from torch import Tensor
+
 from flexlora.adapter import Adapter
 from flexlora.data.task import Example, Population, Split
 from flexlora.data.templates import AnswerTooLong, Template, Tokens, encode
@@ -13,7 +15,8 @@ from flexlora.federation.state import Client, Payload, Term, Update
 from flexlora.training import evaluate as scoring
 from flexlora.training.client import Job, LocalTraining, Progress, train
 from flexlora.training.evaluate import Exam, Metric, Scores
-from flexlora.training.memory import token_budget
+from flexlora.training.kept import Kept, flat, nested, recall, remember
+from flexlora.training.memory import Budget, group_size
 from flexlora.training.models import Base
 
 
@@ -37,7 +40,8 @@ class Embedded:
         training: local settings.
         seed: of the run.
         prompting: template and length.
-        on_step: called after each step of a group, for progress.
+        on_step: called now and then while a group trains, for progress.
+        kept: what clients keep between rounds, for methods that need it.
     """
 
     base: Base
@@ -46,13 +50,43 @@ class Embedded:
     seed: int = 0
     prompting: Prompting = field(default_factory=Prompting)
     on_step: Callable[[Progress], None] | None = None
+    kept: Kept = field(default_factory=dict)
+    _budget: list[Budget] = field(default_factory=list)
 
     def train(self, payloads: Sequence[Payload], clients: Mapping[str, Client]) -> Iterator[Update]:
         """Every client's local round, `group_size` at a time; updates as they are ready."""
+        sent = {p.client: p for p in payloads}
         jobs = [
-            Job(clients[p.client], p, partial(self.training_tokens, p.client)) for p in payloads
+            Job(clients[c], recall(self.kept, p), partial(self.training_tokens, c))
+            for c, p in sent.items()
         ]
-        return train(self.base, jobs, self.training, self.seed, self.on_step)
+        for update in train(self.base, jobs, self.training, self.seed, self.on_step, self.budget):
+            yield remember(self.kept, sent[update.client], update)
+
+    @property
+    def budget(self) -> Budget:
+        """Tokens of one forward, as they stand: halved where they proved too many."""
+        if not self._budget:
+            wanted, kept = self.training.tokens_per_forward, self.training.gradient_checkpointing
+            self._budget.append(Budget.of(wanted, self.base, kept))
+        return self._budget[0]
+
+    def sizes(self, payloads: Sequence[Payload]) -> dict[str, int]:
+        """What `auto` stands for with such a cohort; saved, so that a resume is the same."""
+        return {
+            "group_size": group_size(self.training.group_size, self.base, payloads),
+            "tokens_per_forward": self.budget.tokens,
+        }
+
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        """What clients keep, as named tensors: for a checkpoint."""
+        return flat(self.kept)
+
+    def restore(self, memory: Mapping[str, Tensor]) -> None:
+        """Put back what :attr:`memory` gave."""
+        self.kept.clear()
+        self.kept.update(nested(memory))
 
     def training_tokens(self, client: str) -> list[Tokens]:
         """A client's training examples in token ids, without those whose answer is too long."""
@@ -108,5 +142,5 @@ class Embedded:
             examples, tokens = self.encoded(client, split, max_examples)
             score = self.population[client].score
             exams[client] = Exam(adapter, examples, tokens, frozen, score, max_generated)
-        budget = 2 * token_budget(self.training.tokens_per_forward, self.base)
+        budget = 2 * self.budget.tokens  # nothing is kept for a backward
         return scoring.evaluate(self.base, exams, metrics, budget, max_new_tokens)

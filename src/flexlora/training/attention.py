@@ -44,30 +44,31 @@ class Segments:
     padded: int
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Segments:
-        """Cut a row into examples of these lengths, bucketed so that padding stays below a quarter.
+    def of(
+        cls, rows: Sequence[Int[Tensor, " length"]], device: torch.device | str = "cpu"
+    ) -> Segments:
+        """Examples by the places of their tokens, bucketed so that padding stays below a quarter.
 
-        >>> s = Segments.of([5, 2, 6, 2])
+        >>> a, b, c = torch.arange(5), torch.arange(5, 7), torch.tensor([0, 1, 7, 8, 9, 10])
+        >>> s = Segments.of([a, b, c])  # the first two tokens of c are those of a
         >>> [tuple(g.shape) for g in s.gather], s.padded
-        ([(2, 6), (2, 2)], 16)
+        ([(2, 6), (1, 2)], 14)
         """
-        starts = [0]
-        for n in lengths:
-            starts.append(starts[-1] + n)
-        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-        gather, scatter, offset = [], torch.empty(starts[-1], dtype=torch.long), 0
+        total = 1 + max(int(row[-1]) for row in rows)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        gather, scatter, offset = [], torch.empty(total, dtype=torch.long), 0
         while order:  # the longest example left, and all within three quarters of it
-            longest = lengths[order[-1]]
-            first = next(j for j, i in enumerate(order) if lengths[i] >= 0.75 * longest)
+            longest = len(rows[order[-1]])
+            first = next(j for j, i in enumerate(order) if len(rows[i]) >= 0.75 * longest)
             bucket, order = order[first:], order[:first]
             index = torch.zeros(len(bucket), longest, dtype=torch.long)
-            for row, i in enumerate(bucket):
-                index[row, : lengths[i]] = torch.arange(starts[i], starts[i] + lengths[i])
-                at = offset + row * longest
-                scatter[starts[i] : starts[i + 1]] = torch.arange(at, at + lengths[i])
-            gather.append(index.to(device))
+            for n, i in enumerate(bucket):
+                index[n, : len(rows[i])] = rows[i]
+                # A shared token is computed alike in every example; any of them will do.
+                scatter[rows[i]] = torch.arange(len(rows[i])) + (offset + n * longest)
+            gather.append(moved(index, device))
             offset += index.numel()
-        return cls(tuple(gather), scatter.to(device), offset)
+        return cls(tuple(gather), moved(scatter, device), offset)
 
 
 def attend(
@@ -128,7 +129,8 @@ def enable(model: PreTrainedModel) -> bool:
     ids = torch.tensor([[1, 2, 3, 4, 5]], device=device) % model.config.get_text_config().vocab_size
     try:
         with torch.no_grad():
-            flat = model(**flat_inputs(ids[0], [3, 2], device), use_cache=False).logits[0]
+            rows = [torch.arange(3), torch.arange(3, 5)]
+            flat = model(**flat_inputs(ids[0].cpu(), rows, device), use_cache=False).logits[0]
             alone = [model(x, use_cache=False).logits[0] for x in (ids[:, :3], ids[:, 3:])]
     except (NotImplementedError, TypeError, RuntimeError, ValueError):
         works = False
@@ -141,14 +143,31 @@ def enable(model: PreTrainedModel) -> bool:
 
 
 def flat_inputs(
-    ids: Int[Tensor, " tokens"], lengths: Sequence[int], device: torch.device | str
+    ids: Int[Tensor, " tokens"],
+    rows: Sequence[Int[Tensor, " length"]],
+    device: torch.device | str,
 ) -> dict[str, Any]:
-    """Keyword arguments of a causal model for examples laid end to end."""
-    positions = torch.cat([torch.arange(n) for n in lengths])
+    """Keyword arguments of a causal model for examples laid end to end.
+
+    Args:
+        ids: the tokens, each once.
+        rows: where each example's tokens stand in them.
+        device: of the model.
+    """
+    positions = torch.empty_like(ids)
+    for row in rows:
+        positions[row] = torch.arange(len(row))
     return {
-        "input_ids": ids[None].to(device),
-        "position_ids": positions[None].to(device),
+        "input_ids": moved(ids, device)[None],
+        "position_ids": moved(positions, device)[None],
         # Four dimensions tell transformers that masking is taken care of; its content is unused.
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-        "segments": Segments.of(lengths, device),
+        "segments": Segments.of(rows, device),
     }
+
+
+def moved(x: Tensor, device: torch.device | str) -> Tensor:
+    """On a device; to a GPU without waiting for what it is doing."""
+    if torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

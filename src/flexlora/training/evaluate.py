@@ -23,7 +23,7 @@ from flexlora.data.task import Example
 from flexlora.data.templates import Tokens
 from flexlora.federation.state import Term
 from flexlora.training.bank import Bank
-from flexlora.training.batch import Item, chunks, collate
+from flexlora.training.batch import Item, chunks, collate, label_count
 from flexlora.training.models import Base
 
 Metric = Literal["loss", "rouge_l", "exact_match", "score", "rouge_l_teacher_forced"]
@@ -140,18 +140,20 @@ def answer_losses(
 ) -> dict[str, tuple[float, int]]:
     """Client -> (sum of cross-entropy in nats, labels)."""
     owners, items = _items(exams, slot_of)
-    sums = {c: (0.0, 0) for c in exams}
+    sums = torch.zeros(len(items), dtype=torch.float64)
     done = 0
     for chunk in chunks(items, budget):
         batch = collate(base, chunk)
         with bank.routed(batch.slots, batch.sizes):
-            nll = batch.losses(base)
-        counts = [len(t.ids) - max(t.labels_from, 1) for _, t in chunk]
-        for part in torch.split(nll, counts):
-            total, n = sums[owners[done]]
-            sums[owners[done]] = total + float(part.sum()), n + len(part)
-            done += 1
-    return {c: s for c, s in sums.items() if s[1]}
+            nll = batch.losses(base).double()
+        places = batch.per_label(range(done, done + len(chunk)), torch.long)
+        sums.index_add_(0, places.cpu(), nll.cpu())
+        done += len(chunk)
+    totals = {c: [0.0, 0] for c in exams}
+    for client, (_, t), nll_sum in zip(owners, items, sums.tolist(), strict=True):
+        totals[client][0] += nll_sum
+        totals[client][1] += label_count(t)
+    return {c: (nll, int(labels)) for c, (nll, labels) in totals.items() if labels}
 
 
 def teacher_forced(
@@ -166,20 +168,20 @@ def teacher_forced(
         batch = collate(base, chunk)
         with bank.routed(batch.slots, batch.sizes):
             guesses = batch.logits(base).argmax(-1)
-        counts = [len(t.ids) - 1 for _, t in chunk]
-        pairs = zip(torch.split(guesses, counts), torch.split(batch.labels, counts), strict=True)
-        for guess, truth in pairs:
-            texts = (base.tokenizer.decode(x, skip_special_tokens=True) for x in (truth, guess))
-            scores[owners[done]].append(rouge_l(*texts))
-            done += 1
+        parts = (torch.split(x, batch.counts) for x in (batch.labels, guesses))
+        pairs = zip(*parts, strict=True)
+        for n, pair in zip(batch.order, pairs, strict=True):
+            texts = (base.tokenizer.decode(x, skip_special_tokens=True) for x in pair)
+            scores[owners[done + n]].append(rouge_l(*texts))
+        done += len(chunk)
     return {c: sum(s) / len(s) for c, s in scores.items() if s}
 
 
 def _items(exams: Mapping[str, Exam], slot_of: Mapping[str, int]) -> tuple[list[str], list[Item]]:
-    """All examples by slot, then length (little padding in attention), with their clients."""
-    rows = [(slot_of[c], len(t.ids), c, t) for c, exam in exams.items() for t in exam.tokens]
-    rows.sort(key=lambda row: row[:2])
-    return [c for *_, c, _ in rows], [(slot, t) for slot, _, _, t in rows]
+    """All examples by slot and text, so that those that begin alike meet, with their clients."""
+    rows = [(slot_of[c], c, t) for c, exam in exams.items() for t in exam.tokens]
+    rows.sort(key=lambda row: (row[0], row[2].ids))
+    return [c for _, c, _ in rows], [(slot, t) for slot, _, t in rows]
 
 
 def generate(

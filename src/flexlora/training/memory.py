@@ -1,9 +1,11 @@
-"""How many clients, and how many tokens, fit at once: the two numbers that `auto` stands for."""
+"""How much fits: clients at once, tokens at once, and what to do when it did not."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -20,11 +22,53 @@ SHARE = 0.25
 """Of free memory that a bank may take; activations and the server need the rest."""
 
 
-def group_size(wanted: int | Literal["auto"], base: Base, payloads: Sequence[Payload]) -> int:
-    """Clients on the base at once: all that are there, as far as a quarter of free memory holds.
+@dataclass(eq=False)
+class Budget:
+    """Tokens of one forward: a bound on activation memory, halved when it proves too high.
 
-    Every slot is as wide as the largest adapter.
+    Attributes:
+        tokens: now; part of what a checkpoint must hold for the same bits.
     """
+
+    tokens: int
+
+    @classmethod
+    def of(cls, wanted: int | Literal["auto"], base: Base, checkpointed: bool = False) -> Budget:
+        """The setting, or what `auto` stands for here."""
+        return cls(token_budget(wanted, base, checkpointed))
+
+    def halve(self, longest: int) -> None:
+        """After running out of memory; says so.
+
+        Raises:
+            MemoryError: one example of `longest` tokens at a time is too much already.
+        """
+        if self.tokens <= longest:
+            raise MemoryError(
+                f"out of memory with one example of {longest} tokens at a time. Lower max_length "
+                "or group_size, turn on gradient_checkpointing, or use a smaller base model."
+            )
+        before, self.tokens = self.tokens, max(longest, self.tokens // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"out of memory at {before} tokens per forward: the step is done again with "
+            f"{self.tokens}, and so are all that follow.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def exhausted(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or a CPU."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
+def group_size(wanted: int | Literal["auto"], base: Base, payloads: Sequence[Payload]) -> int:
+    """Clients on the base at once: all that are there, as far as a quarter of free memory holds."""
     if wanted != "auto":
         return min(wanted, len(payloads))
     largest = max(num_parameters(p.adapter) for p in payloads)
@@ -32,21 +76,47 @@ def group_size(wanted: int | Literal["auto"], base: Base, payloads: Sequence[Pay
     return max(1, min(len(payloads), MOST_CLIENTS, fit))
 
 
-def token_budget(wanted: int | Literal["auto"], base: Base) -> int:
+def token_budget(wanted: int | Literal["auto"], base: Base, checkpointed: bool = False) -> int:
     """Tokens of one forward. `auto`: what keeps the hardware busy and no more.
 
-    A CPU gains little beyond 1,024 tokens; a GPU wants many. Both are cut down to what a quarter of
+    A CPU gains little beyond 2,048 tokens; a GPU wants many. Both are cut down to what a quarter of
     free memory holds of activations and of logits, of which there are at most as many as tokens.
     """
     if wanted != "auto":
         return wanted
-    config = base.model.config.get_text_config()
-    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    activations = (
-        config.num_hidden_layers * (12 * config.hidden_size + 4 * wide) * base.dtype.itemsize
-    )
-    fit = int(SHARE * free_memory(base) / (activations + 12 * config.vocab_size))
+    size = Size.of(base.model.config)
+    each = size.activations(base.dtype.itemsize, checkpointed) + size.logits
+    fit = int(SHARE * free_memory(base) / each)
     return max(128, min(2048 if base.device.type == "cpu" else 32768, fit))
+
+
+@dataclass(frozen=True)
+class Size:
+    """The numbers of a model's configuration that memory depends on."""
+
+    layers: int
+    hidden: int
+    wide: int
+    heads: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: Any) -> Size:
+        """From a transformers configuration."""
+        text = config.get_text_config()
+        wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+        heads = text.num_attention_heads
+        return cls(text.num_hidden_layers, text.hidden_size, wide, heads, text.vocab_size)
+
+    def activations(self, itemsize: int, checkpointed: bool = False) -> float:
+        """Bytes that a token keeps until its backward."""
+        layer = (12 * self.hidden + 4 * self.wide) * itemsize
+        return layer + self.layers * self.hidden * itemsize if checkpointed else layer * self.layers
+
+    @property
+    def logits(self) -> int:
+        """Bytes of a label: its logits, their softmax and its gradient in float32."""
+        return 12 * self.vocabulary
 
 
 def free_memory(base: Base) -> int:

@@ -7,15 +7,19 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -70,12 +74,20 @@ def load_base(model: str, dtype: str = "auto", device: str = "auto", **options: 
         dtype: `float32`, `bfloat16`, `float16`, `float64`, or `auto`: bfloat16 where the hardware
             multiplies it natively, otherwise float32.
         device: `cpu`, `cuda`, or `auto`.
-        options: more arguments of `from_pretrained`: `quantization_config`, `revision`, ...
+        options: more arguments of `from_pretrained`: `quantization_config` (4 or 8 bits, on a GPU
+            only), `revision`, ...
 
     Raises:
-        ModelError: not found, interrupted download, or an unknown dtype.
+        ModelError: not found, interrupted download, an unknown dtype, or a quantized model on CPU.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if options.get("quantization_config") is not None:
+        if not device.startswith("cuda"):
+            raise ModelError(
+                f"model {model!r}: quantization_config needs a GPU; the device is {device!r}. "
+                "Leave it out: a CPU trains in bfloat16 or float32."
+            )
+        options.setdefault("device_map", {"": device})
     source = find(model)
     kind = resolve_dtype(dtype, device)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -150,6 +162,33 @@ def fingerprint(model: nn.Module, samples: int = 256) -> str:
             step = max(1, flat.numel() // samples)
             digest.update(flat[::step].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def checkpointing(model: PreTrainedModel, on: bool) -> Iterator[None]:
+    """While open, keep one activation per decoder layer and compute the others again.
+
+    Raises:
+        ValueError: a model that does not offer it.
+    """
+    if not on:
+        yield
+        return
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"gradient_checkpointing: {type(model).__name__} has no layers that support it. Set it "
+            "to false, or lower tokens_per_forward."
+        )
+    again: Any = partial(checkpoint, use_reentrant=False)
+    for layer in layers:  # the layers alone: modules inside them stay in evaluation mode
+        layer._gradient_checkpointing_func = again
+        layer.gradient_checkpointing = layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = False
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:

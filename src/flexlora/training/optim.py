@@ -1,21 +1,20 @@
-"""AdamW and SGD over a bank: each slot has its own step count, learning rate and clipping.
+"""AdamW and SGD over slots: torch's own fused kernels, one vector for a whole adapter.
 
-Torch's own optimisers keep one step count per tensor; the slots of a stacked tensor are at
-different steps when clients join and leave. The update rules are theirs, term for term.
+Each slot has its own step count, learning rate and clipping, as its client would have alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.optim.adamw import adamw
 
-Params = Sequence[Tensor]
-"""Stacked factors, slots first, with gradients."""
+from flexlora.training.slot import Slot
 
 
 @dataclass(frozen=True)
@@ -28,71 +27,54 @@ class Rule:
     weight_decay: float = 0.0
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Moments:
-    """AdamW's state: `m`, `v` beside each parameter, and the steps each slot has made."""
+    """AdamW's state of one slot: two moments and the steps made; SGD's is empty."""
 
-    m: list[Tensor] = field(default_factory=list)
-    v: list[Tensor] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
+    m: Tensor
+    v: Tensor
+    steps: Float[Tensor, ""]
 
     @classmethod
-    def zeros(cls, params: Params, rule: Rule) -> Moments:
-        """Fresh state; SGD keeps none."""
-        kept = params if rule.name == "adamw" else ()
-        return cls(
-            [torch.zeros_like(p) for p in kept],
-            [torch.zeros_like(p) for p in kept],
-            [0] * params[0].shape[0],
-        )
-
-    def reset(self, slot: int) -> None:
-        """Forget a slot: its next client starts afresh."""
-        for x in (*self.m, *self.v):
-            x[slot].zero_()
-        self.steps[slot] = 0
+    def zeros(cls, slot: Slot, rule: Rule) -> Moments:
+        """Fresh state for a client that starts."""
+        like = slot.trained if rule.name == "adamw" else slot.trained[:0]
+        steps = torch.zeros((), dtype=torch.float32, device=like.device)
+        return cls(torch.zeros_like(like), torch.zeros_like(like), steps)
 
 
 @torch.no_grad()
-def clip_(params: Params, max_norm: float) -> Float[Tensor, " slots"]:
-    """Scale each slot's gradient to at most `max_norm`, as `clip_grad_norm_` would alone.
-
-    Returns the norms before clipping; `max_norm = 0` leaves the gradients as they are.
-    """
-    grads = [p.grad for p in params if p.grad is not None]
-    squares = torch.stack([g.square().flatten(1).sum(1) for g in grads])
-    norms = squares.sum(0).sqrt()
+def clip_(slot: Slot, max_norm: float) -> None:
+    """Scale a slot's gradient to at most `max_norm`, as `clip_grad_norm_` does; 0: leave it."""
     if max_norm:
-        shrink = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-        for g in grads:
-            g.mul_(_per_slot(shrink, g))
-    return norms
+        norm = torch.linalg.vector_norm(slot.grad)
+        slot.grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
 @torch.no_grad()
-def step_(params: Params, rates: Sequence[float], state: Moments, rule: Rule) -> None:
-    """One step of every slot at its own rate (0: an idle slot), then drop the gradients."""
-    state.steps = [n + 1 for n in state.steps]
-    like = params[0]
-    lr = torch.tensor(rates, dtype=like.dtype, device=like.device)
-    b1, b2 = rule.betas
-    steps = torch.tensor(state.steps, dtype=torch.float64)
-    correction1 = (1 - b1**steps).to(like)
-    correction2 = (1 - b2**steps).sqrt().to(like)
-    for i, p in enumerate(params):
-        g = p.grad
-        if g is None:
-            continue
-        if rule.weight_decay:
-            p.mul_(_per_slot(1 - lr * rule.weight_decay, p))
-        if rule.name == "sgd":
-            p.sub_(_per_slot(lr, p) * g)
-        else:
-            m, v = state.m[i].lerp_(g, 1 - b1), state.v[i].mul_(b2).addcmul_(g, g, value=1 - b2)
-            denominator = v.sqrt().div_(_per_slot(correction2, v)).add_(rule.eps)
-            p.sub_(_per_slot(lr / correction1, p) * m / denominator)
-        p.grad = None
-
-
-def _per_slot(values: Float[Tensor, " slots"], like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))
+def step_(slots: Sequence[Slot], states: Sequence[Moments], rate: float, rule: Rule) -> None:
+    """One step of slots that share a learning rate; their gradients are zero afterwards."""
+    values, grads = [s.trained for s in slots], [s.grad for s in slots]
+    if rule.name == "sgd":
+        for p, g in zip(values, grads, strict=True):
+            p.mul_(1 - rate * rule.weight_decay).add_(g, alpha=-rate)
+    else:
+        adamw(
+            values,
+            grads,
+            [s.m for s in states],
+            [s.v for s in states],
+            [],
+            [s.steps for s in states],
+            fused=True,
+            amsgrad=False,
+            beta1=rule.betas[0],
+            beta2=rule.betas[1],
+            lr=rate,
+            weight_decay=rule.weight_decay,
+            eps=rule.eps,
+            maximize=False,
+        )
+    for slot in slots:
+        slot.grad.zero_()
+        slot.refresh()
