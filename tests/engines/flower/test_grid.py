@@ -13,7 +13,7 @@ pytest.importorskip("flwr", reason="needs flwr: pip install 'flexlora[flower]'")
 
 from engines.flower.inproc import InProcess
 from federation.quadratic import Quadratic, people, start
-from flwr.app import Error
+from flwr.app import ConfigRecord, Error, RecordDict
 
 from flexlora.adapter import LoraSpec, initial_adapter, select
 from flexlora.data.task import Example, Task
@@ -23,7 +23,8 @@ from flexlora.engines.flower.answers import encode_update
 from flexlora.engines.flower.client import make_client_app
 from flexlora.engines.flower.durable import Durable
 from flexlora.engines.flower.grid import Flower
-from flexlora.engines.flower.messages import Parcel
+from flexlora.engines.flower.messages import Parcel, unpack
+from flexlora.engines.flower.roster import checked
 from flexlora.engines.flower.wire import decode_payload, digest
 from flexlora.federation.admission import Reason
 from flexlora.federation.limits import Limits
@@ -291,3 +292,31 @@ def test_a_thousand_tiny_clients(tmp_path, count):
     assert {r.client for r in record.refused} == failing | mute
     assert {r.reason for r in record.refused} <= {Reason.FAILED, Reason.LATE}
     assert SECRET not in str(record.to_json())
+
+
+@pytest.mark.parametrize("text", ["[" * 50_000, "9" * 5_000, "[]", "{", " " * (1 << 20) + "{}"])
+def test_a_reply_that_is_no_reply_is_malformed(text):
+    content = RecordDict({"about": ConfigRecord({"json": text})})
+    with pytest.raises(ValueError, match="not made by flexlora"):
+        unpack(content)
+
+
+def test_a_greeting_is_checked_in_the_servers_words():
+    ours = {"wire": 1, "base": "b", "tokenizer": "t", "template": "c"}
+    good = {**ours, "client": "a", "examples": {"train": 3}, "columns": ["instruction", "output"]}
+    assert checked(7, good, ours).examples == 3
+    for wrong in (
+        {"base": SECRET},
+        {"client": SECRET},
+        {"client": 3},
+        {"examples": {"train": True}},
+        {"examples": {"train": 10**15}},
+        {"examples": 5},
+        {"columns": ["output"]},
+        {"columns": None},
+        {"rank": 0},
+        {"rank": 2.5},
+    ):
+        with pytest.raises(ValueError, match=r"^(it|the rank)") as caught:
+            checked(7, {**good, **wrong}, ours)
+        assert SECRET not in str(caught.value)

@@ -57,6 +57,8 @@ class Flower:
         traffic: per client, in the latest round.
         late: message id -> client, of earlier rounds; their answers are thrown away.
         late_answers: client -> how many of its answers came too late so far.
+        stored: client -> digest of the latest payload whose answer was taken; the node hears of it
+            with its next message and forgets that answer.
     """
 
     grid: Grid

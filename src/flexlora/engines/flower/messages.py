@@ -12,6 +12,9 @@ from typing import Any, Literal
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+LONGEST = 1 << 20
+"""Of the plain data in a message, in characters; a thousandth of it is usual."""
+
 Kind = Literal["query.hello", "train", "evaluate"]
 
 
@@ -45,10 +48,11 @@ def unpack(content: RecordDict) -> Parcel:
         ValueError: anything else.
     """
     try:
-        about = json.loads(str(content.config_records["about"]["json"]))
+        text = str(content.config_records["about"]["json"])
+        about = json.loads(text) if len(text) <= LONGEST else None
         files = content.array_records.get("file")
         data = files["file"].data if files is not None else b""
-    except (KeyError, RecursionError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise ValueError("message: not made by flexlora.") from error
     if not isinstance(about, dict) or not isinstance(data, bytes):
         raise ValueError("message: not made by flexlora.")
