@@ -84,7 +84,8 @@ def test_run_ends_with_one_json_line(flexlora, small, tmp_path):
     kinds = [line["kind"] for line in lines]
     assert kinds[0] == "evaluation"
     told = {"bytes_up", "bytes_down", "spectra", "retention", "seconds", "peak_memory_bytes"}
-    assert told | {"tokens_per_second"} <= lines[kinds.index("round")].keys()
+    assert told <= lines[kinds.index("round")].keys()
+    assert lines[kinds.index("round")]["tokens_per_second"] > 0
     assert kinds.count("round") == 2
     assert (run / "loss.svg").is_file()
     assert json.loads((run / "run.json").read_text())["versions"]["torch"]
@@ -332,6 +333,28 @@ def test_cross_silo_takes_everybody(flexlora, small):
     code, _, err = flexlora("plan", small, "--method.name", "fedsa-lora")
     assert code == 2
     assert "cross-silo" in err
+
+
+def test_clients_that_keep_factors_are_resumed_too(flexlora, small, tmp_path, monkeypatch):
+    from flexlora.experiment import run as loop
+
+    words = ["--method.name", "fedsa-lora", "--federation.setting", "cross-silo"]
+    words += ["--federation.clients_per_round", "null", "--output_dir"]
+    assert flexlora("run", small, *words, "whole")[0] == 0
+    real = loop.save_checkpoint
+
+    def stop_after_one(folder, state, *rest):
+        real(folder, state, *rest)
+        if state.round == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_checkpoint", stop_after_one)
+    assert flexlora("run", small, *words, "killed")[0] == 130
+    monkeypatch.setattr(loop, "save_checkpoint", real)
+    assert flexlora("resume", "killed")[0] == 0
+    assert adapter(tmp_path / "killed") == adapter(tmp_path / "whole")
+    ends = [json.loads((tmp_path / x / "summary.json").read_text()) for x in ("whole", "killed")]
+    assert ends[0]["own_rank_loss"] == ends[1]["own_rank_loss"]
 
 
 @pytest.mark.parametrize("name", ["local-only", "centralised", "fedit"])

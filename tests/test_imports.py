@@ -19,6 +19,7 @@ BELOW = {
     "engines": {"adapter", "data", "federation", "lowrank", "methods", "training"},
     "experiment": {"adapter", "data", "engines", "federation", "lowrank", "methods", "training"},
     "cli": {"experiment"},
+    "flower": {"engines", "experiment"},
 }
 """Room -> the rooms it may import."""
 

@@ -1,7 +1,8 @@
 """Checkpoints: a folder per round, written beside its final place and renamed, so never half there.
 
 A checkpoint is `state.safetensors` (every tensor of the :class:`ServerState`) and `state.json` (all
-the rest, with the size of the tensors' file). Both are flushed to the disk before the rename.
+the rest, with the size of the tensors' file), and `memory.safetensors` where clients keep something
+between rounds. All are flushed to the disk before the rename.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flexlora.experiment.errors import RUN, Failure
+from flexlora.experiment.errors import RUN, Failure, blame
 from flexlora.federation.state import ServerState, Term
 from flexlora.lowrank import LowRank
 
 FORMAT = 1
+EMPTY: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,16 @@ class Progress:
     ranks: Mapping[str, list[int]] = field(default_factory=dict)
 
 
-def save_checkpoint(folder: Path, state: ServerState, progress: Progress) -> Path:
+def save_checkpoint(
+    folder: Path, state: ServerState, progress: Progress, memory: Mapping[str, Tensor] = EMPTY
+) -> Path:
     """Write `folder/round-00007`, all of it or nothing.
+
+    Args:
+        folder: of the checkpoints.
+        state: of the server, after the round.
+        progress: what the loop knows beside it.
+        memory: what the engine keeps for clients, by name.
 
     Raises:
         Failure: the disk is full or not writable; earlier checkpoints are untouched.
@@ -61,6 +72,9 @@ def save_checkpoint(folder: Path, state: ServerState, progress: Progress) -> Pat
         scratch.mkdir(parents=True)
         tensors, rest = pack(state)
         save_file(tensors, scratch / "state.safetensors")
+        if memory:
+            kept = {name: tensor.clone().contiguous() for name, tensor in memory.items()}
+            save_file(kept, scratch / "memory.safetensors")
         rest |= {"format": FORMAT, "progress": vars(progress)}
         rest["bytes"] = (scratch / "state.safetensors").stat().st_size
         (scratch / "state.json").write_text(json.dumps(rest))
@@ -103,6 +117,17 @@ def load_checkpoint(folder: Path) -> tuple[ServerState, Progress]:
             "checkpoint before it.",
             RUN,
         ) from error
+
+
+def load_memory(folder: Path) -> dict[str, Tensor]:
+    """What the engine kept for clients; empty for methods whose clients keep nothing.
+
+    Raises:
+        Failure: unreadable.
+    """
+    path = folder / "memory.safetensors"
+    with blame(RUN, str(path), (OSError, SafetensorError)):
+        return load_file(path) if path.is_file() else {}
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -158,6 +158,8 @@ class Training(Section):
     """Clients that train at once on the one base model; `auto`: from memory."""
     tokens_per_forward: Positive | Auto = "auto"
     """Upper bound on the tokens of one forward over a group; `auto`: from memory."""
+    gradient_checkpointing: bool = False
+    """Keep one activation per layer and compute the others again: less memory, more time."""
 
 
 class Federation(Section):

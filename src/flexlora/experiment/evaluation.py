@@ -20,6 +20,7 @@ from flexlora.experiment.trackers import Log
 from flexlora.experiment.workshop import Workshop, open_workshop
 from flexlora.federation.state import ServerState, Term, ranks_of
 from flexlora.training.evaluate import Metric, Scores, summary
+from flexlora.training.kept import recall
 
 CLIENTS_AT_ONCE = 32
 
@@ -117,11 +118,20 @@ def measure_own(shop: Workshop, state: ServerState, limit: int | None) -> dict[s
     registered = [c for c in e.seen if c in e.clients]
     for some in _portions(sample(shop, registered, "test", limit)):
         shop.console.progress(f"evaluating clients at their own ranks: {len(found)} done")
-        views = {c: e.method.view(state, e.clients[c]) for c in some}
+        views = {c: own_view(shop, state, c) for c in some}
         ranks |= {c: sorted(set(ranks_of(view).values())) for c, view in views.items()}
         found |= ask(shop, views, state.patch, "test", {"loss"})
     seen = table(e.population, found)
     return {"round": state.round, "split": "test", "view": "own", "seen": seen, "ranks": ranks}
+
+
+def own_view(shop: Workshop, state: ServerState, client: str) -> Adapter:
+    """What a client works with at its own rank, with what it keeps between rounds."""
+    e = shop.experiment
+    if e.method.stateless:
+        return e.method.view(state, e.clients[client])
+    payload = e.method.downlink(state, e.clients[client])
+    return recall(shop.engine.kept, payload).adapter
 
 
 def _portions(clients: Sequence[str]) -> Iterator[Sequence[str]]:

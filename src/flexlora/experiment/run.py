@@ -18,6 +18,7 @@ from flexlora.experiment.checkpoints import (
     Progress,
     checkpoints,
     load_checkpoint,
+    load_memory,
     prune,
     save_checkpoint,
 )
@@ -98,14 +99,14 @@ def proceed(folder: Path, console: Console, like: Workshop | None = None) -> dic
     runs.cut_metrics(folder, progress.metrics_bytes)
     console.say(f"{folder}: going on after round {state.round}")
     shop = settled(shop, progress.sizes)
+    shop.engine.restore(load_memory(saved[-1]))
     return _go_on(shop, state, progress, stopwatch(progress.seconds + clock()))
 
 
 def _begin(shop: Workshop, state: ServerState, clock: Clock) -> dict[str, Any]:
     """Say what is to come, measure the base model, save round 0, and go on from there."""
     wanted, say = shop.experiment.config.evaluation, shop.console.say
-    sizes = settle(shop, state)
-    shop = settled(shop, sizes)
+    shop = settled(shop, settle(shop, state))
     say(introduction(shop))
     with blame(DATA, "evaluation"):
         samples = sample_answers(shop, BASE, wanted.samples)
@@ -114,7 +115,7 @@ def _begin(shop: Workshop, state: ServerState, clock: Clock) -> dict[str, Any]:
             say(f"\nThe base model, before any training:\n\n{describe_samples(samples)}\n")
         note(shop, measure(shop, BASE, "test", wanted.metrics, wanted.max_clients))
         _on_the_way(shop, BASE)
-    progress = _save(shop, state, Progress(sizes=sizes), clock)
+    progress = _save(shop, state, Progress(), clock)
     return _go_on(shop, state, progress, clock)
 
 
@@ -193,7 +194,7 @@ def _rounds(
 
 def effort(record: RoundRecord) -> dict[str, float]:
     """Tokens a second while training, and the most memory this process has taken so far."""
-    tokens = sum(row.get("tokens", 0.0) for row in record.clients.values())
+    tokens = sum(row["metrics"].get("tokens", 0.0) for row in record.clients.values())
     rates = {"tokens_per_second": tokens / max(record.seconds.get("train", 0.0), 1e-9)}
     if torch.cuda.is_available():
         return rates | {"peak_memory_bytes": torch.cuda.max_memory_allocated()}
@@ -240,9 +241,13 @@ def better_or_stale(progress: Progress, round: int, loss: float | None) -> Progr
 def _save(shop: Workshop, state: ServerState, progress: Progress, clock: Clock) -> Progress:
     """A checkpoint that a resume goes on from, with the length of the metrics that belong to it."""
     kept, folder = shop.experiment.config.checkpoints, shop.folder / "checkpoints"
-    size = runs.metrics_size(shop.folder)
-    progress = replace(progress, metrics_bytes=size, seconds=clock())
-    save_checkpoint(folder, state, progress)
+    progress = replace(
+        progress,
+        metrics_bytes=runs.metrics_size(shop.folder),
+        seconds=clock(),
+        sizes=settle(shop, state),  # tokens per forward may have been halved since
+    )
+    save_checkpoint(folder, state, progress, shop.engine.memory)
     prune(folder, kept.save_total_limit, progress.best_round)
     return progress
 

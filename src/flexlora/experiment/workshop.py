@@ -13,7 +13,6 @@ from flexlora.experiment.console import Console
 from flexlora.experiment.errors import MODEL, blame
 from flexlora.federation.state import ServerState
 from flexlora.training.client import Progress
-from flexlora.training.memory import group_size, token_budget
 from flexlora.training.models import Base, load_base
 
 
@@ -83,13 +82,9 @@ def open_workshop(
 
 def settle(shop: Workshop, state: ServerState) -> dict[str, int]:
     """What `auto` stands for on this machine, so that a resume elsewhere computes the same bits."""
-    e, training = shop.experiment, shop.engine.training
+    e = shop.experiment
     widest = max(e.clients.values(), key=lambda c: sum(c.lora.rank(m) for m in e.shapes))
-    cohort = [e.method.downlink(state, widest)] * e.schedule.cohort_size
-    return {
-        "group_size": group_size(training.group_size, shop.base, cohort),
-        "tokens_per_forward": token_budget(training.tokens_per_forward, shop.base),
-    }
+    return shop.engine.sizes([e.method.downlink(state, widest)] * e.schedule.cohort_size)
 
 
 def settled(shop: Workshop, sizes: Mapping[str, int]) -> Workshop:
