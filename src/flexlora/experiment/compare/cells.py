@@ -30,7 +30,7 @@ ABOUT = "cell.json"
 """Its presence means that a cell is complete."""
 
 ELSEWHERE = {"output_dir": ..., "data": {"path"}, "model": {"name_or_path", "device"}}
-"""What may differ when a comparison goes on on another machine; the fingerprint still has to fit."""
+"""What may differ when a comparison moves to another machine; the fingerprint still has to fit."""
 
 
 def run_cell(cell: Cell, export_rank: int | None, console: Console, like: Workshop) -> None:
@@ -154,11 +154,11 @@ def flops(e: Experiment, base: Base, rounds: list[dict[str, Any]]) -> float:
         c: sum(client.lora.rank(m) * sum(shape) for m, shape in e.shapes.items())
         for c, client in e.clients.items()
     }
-    return sum(
-        row["metrics"].get("tokens", 0.0) * (4 * weights + 6 * sizes[c])
-        for r in rounds
-        for c, row in r["clients"].items()
-    )
+    total = 0.0
+    for r in rounds:
+        for c, row in r["clients"].items():
+            total += row["metrics"].get("tokens", 0.0) * (4 * weights + 6 * sizes[c])
+    return total
 
 
 def exported(shop: Workshop, state: ServerState, rank: int | None) -> dict[str, Any]:

@@ -47,14 +47,14 @@ class Comparison(Section):
 
     recipe: str | None = None
     """A run's recipe that every cell starts from."""
-    run: dict[str, Any] = {}
+    run: dict[str, Any] = Field(default={})
     """Sections of a run's configuration, over the recipe's."""
     methods: dict[str, Overrides] = Field(min_length=1)
     """Label -> settings of the method (`name` if it is not the label), and dotted keys of the run
     (`training.optimizer: sgd`)."""
-    ranks: dict[str, Any] = {"as-configured": None}
+    ranks: dict[str, Any] = Field(default={"as-configured": None})
     """Label -> rank plan, as under `lora.r`; null: the run's own."""
-    settings: dict[str, Overrides] = {"default": {}}
+    settings: dict[str, Overrides] = Field(default={"default": {}})
     """Label -> dotted keys of the run, `lora.alpha_rule: rslora`."""
     grid: tuple[Block, ...] = (Block(),)
     """Which combinations; by default all."""

@@ -62,7 +62,7 @@ class Result:
     @property
     def peak_bytes(self) -> int:
         """Of the client that needs most, without activations."""
-        return max(level["bytes"] for level in self.about["levels"].values())
+        return max(int(level["bytes"]) for level in self.about["levels"].values())
 
 
 def read_cell(folder: Path) -> Result:
@@ -115,9 +115,11 @@ def curve(
     for line in metrics:
         if line["kind"] == "round":
             up += line["bytes_up"]
-        elif line["kind"] == "evaluation" and (line["split"], line["view"]) == (split, "global"):
-            if values := scores(line, group, metric):
-                points.append(Point(line["round"], up, values))
+            continue
+        if (line.get("split"), line.get("view")) != (split, "global"):
+            continue
+        if values := scores(line, group, metric):
+            points.append(Point(line["round"], up, values))
     return points
 
 

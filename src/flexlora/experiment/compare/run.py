@@ -1,4 +1,4 @@
-"""`flexlora compare`: check the whole grid, choose learning rates, run what is missing, conclude."""
+"""`flexlora compare`: check the grid, choose learning rates, run what is missing, conclude."""
 
 from __future__ import annotations
 

@@ -189,8 +189,8 @@ def conclusions(found: Mapping[str, Any]) -> list[str]:
     least = found["smallest_detectable"]
     if least:
         lines.append(
-            f"With the spread seen here, a difference of {least:.3g} is found 4 times in 5; smaller "
-            "ones usually are not."
+            f"With the spread seen here, a difference of {least:.3g} is found 4 times in 5; "
+            "smaller ones usually are not."
         )
     return lines
 
