@@ -10,10 +10,10 @@ from typing import Any
 from flexlora.adapter import LoraSpec, Shapes, select
 from flexlora.data.load import load_population, plugin
 from flexlora.data.splits import hold_out
-from flexlora.data.task import Population
+from flexlora.data.task import Population, Task
 from flexlora.experiment.config import Config
 from flexlora.experiment.errors import DATA, USAGE, Failure, blame, nearest
-from flexlora.federation.ranks import PAPER_TYPES, Ranks, assign
+from flexlora.federation.ranks import PAPER_TYPES, About, Ranks, assign
 from flexlora.federation.run import Schedule, suits
 from flexlora.federation.state import Client, Method
 from flexlora.methods import make
@@ -74,7 +74,8 @@ def build(config: Config, shapes: Shapes, like: Experiment | None = None) -> Exp
     with blame(USAGE, "lora"):
         targets = select(shapes, config.lora.target_modules)
     shapes = {m: shapes[m] for m in targets}
-    specs, notes = build_ranks(config, seen, shapes, method)
+    about = {id: _about(population[id]) for id in seen}
+    specs, notes = build_ranks(config, seen, shapes, method, about)
     clients = {}
     for id in seen:
         task = population[id]
@@ -84,9 +85,10 @@ def build(config: Config, shapes: Shapes, like: Experiment | None = None) -> Exp
                 "least one. Leave it out, or keep it as an unseen client (data.unseen.names).",
                 DATA,
             )
-        clients[id] = Client(id, specs[id], task.sizes["train"], task.task, task.category)
+        if id in specs:
+            clients[id] = Client(id, specs[id], task.sizes["train"], task.task, task.category)
     federation = config.federation
-    size = cohort_size(config, len(seen))
+    size = cohort_size(config, len(clients))
     schedule = Schedule(federation.rounds, size, federation.drop_out, federation.setting)
     with blame(USAGE, "federation"):
         suits(method, list(clients.values()), schedule)
@@ -134,8 +136,16 @@ def build_method(config: Config) -> Method:
     return method
 
 
+def _about(task: Task) -> About:
+    return About(task.sizes.get("train", 0), task.category)
+
+
 def build_ranks(
-    config: Config, seen: tuple[str, ...], shapes: Shapes, method: Method
+    config: Config,
+    seen: tuple[str, ...],
+    shapes: Shapes,
+    method: Method,
+    about: Mapping[str, About],
 ) -> tuple[dict[str, LoraSpec], tuple[str, ...]]:
     """What each seen client trains, and notes on how the plan had to be read.
 
@@ -147,15 +157,17 @@ def build_ranks(
     types: tuple[Ranks, ...] = lora.types or PAPER_TYPES
     with blame(USAGE, "lora.r"):
         plan: Any = lora.r
-        ranks = assign(seen, plan, config.federation.seed, types)
+        ranks = assign(seen, plan, config.federation.seed, types, about)
         specs = {c: LoraSpec(r, lora.lora_alpha, lora.alpha_rule) for c, r in ranks.items()}
-        notes: tuple[str, ...] = ()
+        left = len(seen) - len(ranks)
+        notes: tuple[str, ...] = (f"{left} clients are excluded by their rank.",) if left else ()
         mixed = len({json.dumps(r) for r in ranks.values()}) > 1
         if mixed and not method.mixed_ranks:
             lowest = {m: min(s.rank(m) for s in specs.values()) for m in shapes}
             one: Ranks = lowest if len(set(lowest.values())) > 1 else min(lowest.values())
-            specs = dict.fromkeys(seen, LoraSpec(one, lora.lora_alpha, lora.alpha_rule))
+            specs = dict.fromkeys(ranks, LoraSpec(one, lora.lora_alpha, lora.alpha_rule))
             notes = (
+                *notes,
                 f"{method.name} needs one rank for everybody, so all train at the smallest, "
                 f"{min(lowest.values())}.",
             )

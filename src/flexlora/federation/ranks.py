@@ -20,6 +20,12 @@ and these are their shares, in %, for types 1 / 2 / 3 / 4:
 | `normal`             | 5.75 / 44.25 / 44.25 / 5.75   | normal density, mean 2.5, sd 0.7          |
 | `normal-as-released` | 5.75 / 5.75 / 44.25 / 44.25   | the release's code: density on its labels |
 | `homogeneous`        | 100 / 0 / 0 / 0               | everyone at the smallest rank             |
+| `extreme-heavy-tail` | all but one / 0 / 0 / one     | one client at the largest rank            |
+
+The honest alternatives to a mixed plan are written with its name: `mean-of-heavy-tail-light` gives
+everybody its mean rank, `highest-of-...` its largest, and `strong-of-...` leaves out the clients
+that it gives the smallest. `by-size` gives the clients with most data the largest types, in equal
+groups; `by-category` gives each category of tasks one type, in turn.
 """
 
 from __future__ import annotations
@@ -46,9 +52,11 @@ FOUR_TYPES = {
     "heavy-tail-strong": (0.05, 0.05, 0.10, 0.80),
     "normal-as-released": (0.0575, 0.0575, 0.4425, 0.4425),
 }
-ANY_TYPES = ("uniform", "normal", "homogeneous")
+ANY_TYPES = ("uniform", "normal", "homogeneous", "extreme-heavy-tail")
 BETWEEN = {"power-law": 2.0, "log-uniform": 1.0}
-NAMES = (*ANY_TYPES, *FOUR_TYPES, *BETWEEN)
+DATA = ("by-size", "by-category")
+INSTEAD = ("mean-of-", "highest-of-", "strong-of-")
+NAMES = (*ANY_TYPES, *FOUR_TYPES, *BETWEEN, *DATA)
 
 
 @dataclass(frozen=True)
@@ -63,13 +71,25 @@ class PowerLaw:
     exponent: float = 2.0
 
 
+@dataclass(frozen=True)
+class About:
+    """What is known of a client's data when ranks are dealt."""
+
+    num_examples: int
+    category: str = ""
+
+
 Plan = int | str | PowerLaw | Sequence[Ranks] | Mapping[int, float] | Mapping[str, Ranks]
 
 
 def assign(
-    client_ids: Sequence[str], plan: Plan, seed: int, types: Sequence[Ranks] = PAPER_TYPES
+    client_ids: Sequence[str],
+    plan: Plan,
+    seed: int,
+    types: Sequence[Ranks] = PAPER_TYPES,
+    about: Mapping[str, About] | None = None,
 ) -> dict[str, Ranks]:
-    """A rank for every client, in the order of `client_ids`.
+    """A rank for every client, in the order of `client_ids`; `strong-of-` plans leave some out.
 
     Shares become counts by largest remainder (ties to the smaller rank), and a shuffle that depends
     on `seed` and the ids, not on their order, decides who gets which. The largest type with a share
@@ -84,6 +104,7 @@ def assign(
             order; `{client id: ranks}`; or `{module pattern: rank}` for everyone.
         seed: the run's seed.
         types: from small to large; for small models for example `[4, 8, 16, 32]`.
+        about: every client's data, for plans that follow it.
 
     Raises:
         ValueError: what is wrong with the plan, and for an unknown name the nearest known one.
@@ -96,7 +117,7 @@ def assign(
     """
     if not client_ids or len(set(client_ids)) != len(client_ids):
         raise ValueError(f"ranks: {len(client_ids)} client ids; expected some, each once.")
-    ranks = _one_each(client_ids, plan, seed, types)
+    ranks = _one_each(client_ids, plan, seed, types, about or {})
     for client, r in ranks.items():
         values = r.values() if isinstance(r, Mapping) else [r]
         if not values or any(type(v) is not int or v < 1 for v in values):
@@ -105,10 +126,19 @@ def assign(
 
 
 def _one_each(
-    client_ids: Sequence[str], plan: Plan, seed: int, types: Sequence[Ranks]
+    client_ids: Sequence[str],
+    plan: Plan,
+    seed: int,
+    types: Sequence[Ranks],
+    about: Mapping[str, About],
 ) -> dict[str, Ranks]:
     if isinstance(plan, int):
         return dict.fromkeys(client_ids, plan)
+    if isinstance(plan, str) and plan.startswith(INSTEAD):
+        kind, _, name = plan.partition("-of-")
+        return _instead(kind, assign(client_ids, name, seed, types, about))
+    if plan in DATA:
+        return _by_data(client_ids, str(plan), seed, types, about)
     if isinstance(plan, str):
         return _named(client_ids, plan, seed, types)
     if isinstance(plan, PowerLaw):
@@ -138,6 +168,9 @@ def _named(
     elif name == "normal":
         density = [math.exp(-(((i - (n - 1) / 2) / 0.7) ** 2) / 2) for i in range(n)]
         shares = [d / sum(density) for d in density]
+    elif name == "extreme-heavy-tail":
+        share = 1 / len(client_ids)
+        shares = [1 - share] + [0.0] * (n - 2) + [share] if n > 1 else [1.0]
     elif name in FOUR_TYPES:
         shares = FOUR_TYPES[name]
         if n != len(shares):
@@ -152,6 +185,38 @@ def _named(
             f"Known: {', '.join(NAMES)}."
         )
     return _deal(client_ids, _repeat(types, shares, len(client_ids)), seed)
+
+
+def _instead(kind: str, dealt: Mapping[str, Ranks]) -> dict[str, Ranks]:
+    """What one would do without mixed ranks: everyone at the mean, at the top, or fewer clients."""
+    sizes = {c: _mean(r) for c, r in dealt.items()}
+    if kind == "mean":
+        return dict.fromkeys(dealt, max(1, round(sum(sizes.values()) / len(sizes))))
+    if kind == "highest":
+        return dict.fromkeys(dealt, max(dealt.values(), key=_mean))
+    smallest = min(sizes.values())
+    strong = {c: r for c, r in dealt.items() if sizes[c] > smallest}
+    return strong or dict(dealt)
+
+
+def _by_data(
+    client_ids: Sequence[str],
+    plan: str,
+    seed: int,
+    types: Sequence[Ranks],
+    about: Mapping[str, About],
+) -> dict[str, Ranks]:
+    missing = [c for c in client_ids if c not in about]
+    if missing:
+        raise ValueError(f"ranks: {plan!r} needs to know every client's data; not {missing[:3]}.")
+    if plan == "by-size":
+        order = sorted(client_ids, key=lambda c: (about[c].num_examples, c))
+        type_of = {c: types[i * len(types) // len(order)] for i, c in enumerate(order)}
+        return {c: type_of[c] for c in client_ids}
+    names = sorted({about[c].category for c in client_ids})
+    random.Random(stable_seed(seed, "ranks")).shuffle(names)
+    turn = {name: types[i % len(types)] for i, name in enumerate(names)}
+    return {c: turn[about[c].category] for c in client_ids}
 
 
 def _mapping(

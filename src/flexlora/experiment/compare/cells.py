@@ -20,7 +20,7 @@ from flexlora.experiment.evaluation import View, measure
 from flexlora.experiment.export import final_state, with_patch
 from flexlora.experiment.run import proceed, start
 from flexlora.experiment.workshop import Workshop, open_workshop
-from flexlora.federation.ranks import PAPER_TYPES, assign, label
+from flexlora.federation.ranks import PAPER_TYPES, About, assign, label
 from flexlora.federation.state import Client, Payload, ServerState, floats_down
 from flexlora.lowrank import svd
 from flexlora.training.memory import BYTES_PER_TRAINED_NUMBER
@@ -87,7 +87,8 @@ def refusal(e: Experiment) -> str:
     if e.method.mixed_ranks or e.config.method.name in BOUNDS:
         return ""
     lora: Any = e.config.lora
-    dealt = assign(e.seen, lora.r, e.config.federation.seed, lora.types or PAPER_TYPES)
+    about = {c: About(e.population[c].sizes["train"], e.population[c].category) for c in e.seen}
+    dealt = assign(e.seen, lora.r, e.config.federation.seed, lora.types or PAPER_TYPES, about)
     held = {label(r) for r in dealt.values()}
     if len(held) < 2:
         return ""

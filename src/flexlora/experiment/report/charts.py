@@ -65,7 +65,7 @@ def bars(values: Mapping[str, float], title: str, x: str, *, note: str = "") -> 
 
 
 def intervals(
-    found: Mapping[str, tuple[float, float, float]], margin: float, title: str, x: str
+    found: Mapping[str, tuple[float, float, float]], margin: float, title: str, x: str, note: str
 ) -> str:
     """Means with their intervals, and the band within which a difference counts as none."""
 
@@ -80,12 +80,12 @@ def intervals(
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(-0.6, len(labels) - 0.4)
 
-    return _svg(draw, title, x, "", legend=1, height=max(1.8, 0.34 * len(found) + 1.2))
+    return _svg(draw, title, x, "", note, legend=1, height=max(1.8, 0.34 * len(found) + 1.2))
 
 
 def _svg(
     draw: Callable[[Any], None], title: str, x: str, y: str, note: str = "", *,
-    legend: int = 0, height: float = 3.4,
+    legend: int = 0, height: float = 3.2,
 ) -> str:  # fmt: skip
     try:
         import matplotlib
@@ -104,11 +104,13 @@ def _svg(
     }
     with matplotlib.rc_context(settings):
         beside = legend > 6
-        figure, axes = plt.subplots(figsize=(7.4 if beside else 6.4, height), layout="constrained")
+        figure, axes = plt.subplots(figsize=(7.6 if beside else 5.2, height), layout="constrained")
         draw(axes)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
-        axes.set_title(title + (f"\n{note}" if note else ""), loc="left", fontsize=10.5)
+        axes.set_title(
+            title[:1].upper() + title[1:] + (f"\n{note}" if note else ""), loc="left", fontsize=10.5
+        )
         if legend:
             where: dict[str, Any] = (
                 {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if beside else {}

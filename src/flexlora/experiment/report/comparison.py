@@ -13,7 +13,7 @@ from flexlora.experiment.compare.run import RESULT
 from flexlora.experiment.compare.tables import conclusions, cost_table, scores_table
 from flexlora.experiment.report import charts
 from flexlora.experiment.report.page import figures, folded, items, page, paragraph, section, table
-from flexlora.experiment.report.run import UNITS, collapse
+from flexlora.experiment.report.run import FLOOR, UNITS, collapse
 from flexlora.experiment.summary import LABELS
 
 Cells = Mapping[str, Sequence[Result]]
@@ -67,8 +67,11 @@ def said(found: Mapping[str, Any]) -> list[str]:
         v["arm"]: (v["difference"], *v["interval"]) for v in found["verdicts"] if v["interval"]
     }
     unit = UNITS.get(found["metric"], "0 to 1")
-    title = f"{LABELS[found['metric']]}: arm minus {found['reference']}, 95 % intervals"
-    drawn = charts.intervals(spans, found["margin"], title, f"difference ({unit})") if spans else ""
+    drawn = ""
+    if spans:
+        title, note = f"Difference in {LABELS[found['metric']]}", f"arm minus {found['reference']}"
+        x = f"with 95 % intervals ({unit})"
+        drawn = charts.intervals(spans, found["margin"], title, x, note)
     how = (
         "Paired by client and seed; hierarchical bootstrap over seeds, categories and clients; "
         f"Holm's adjustment over all arms at {found['alpha']:g}; the intervals are not adjusted."
@@ -140,7 +143,7 @@ def spectra(cells: Cells) -> str:
         held = ", ".join(f"{v:.4f} within {r}" for r, v in captured.items() if v is not None)
         energy.append([arm, effective, held])
         if len(points) > 1 and len(captured) > 1:
-            curves[arm] = [(n, max(share, 1e-8)) for n, share in points]
+            curves[arm] = [(n, share) for n, share in points if share > FLOOR] or [(1, FLOOR)]
     drawn = ""
     if curves:
         drawn = charts.lines(

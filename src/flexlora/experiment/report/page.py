@@ -13,7 +13,7 @@ from flexlora.experiment.errors import RUN, Failure
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1a1a1a; background: #fff;
-       max-width: 62rem; margin: 2rem auto; padding: 0 1.2rem; }
+       max-width: 68rem; margin: 2rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem;
      border-bottom: 1px solid #ccc; padding-bottom: .2rem; }
 p, li { max-width: 48rem; } .lead { color: #444; margin-top: 0; }
@@ -91,7 +91,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Plain text in cells; the first column names the row."""
     if not rows:
         return ""
-    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
+    head = "".join(f"<th>{escape(h).replace('/', '/<wbr>')}</th>" for h in heads)
     body = "\n".join(
         "<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows
     )

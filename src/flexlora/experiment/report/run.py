@@ -17,6 +17,8 @@ from flexlora.experiment.summary import LABELS, NOTE
 
 Metrics = Sequence[Mapping[str, Any]]
 UNITS = {"loss": "nats per answer token"}
+FLOOR = 1e-7
+"""Shares of energy below it are rounding."""
 
 
 def run_page(folder: Path) -> str:
@@ -107,7 +109,7 @@ def by_category(metrics: Metrics) -> str:
                 for c in old
                 if metric in old[c] and metric in new.get(c, {})
             }
-            if gains:
+            if any(gains.values()):
                 gains = dict(sorted(gains.items(), key=lambda item: -item[1])[:40])
                 word = "Loss removed" if metric == "loss" else "ROUGE-L gained"
                 unit = UNITS.get(metric, "0 to 1")
@@ -134,11 +136,11 @@ def spectra(rounds: Metrics) -> str:
         beyond = {"beyond the smallest rank": collapse(told)}
         kept = kept_without_training(told)
         if kept:
-            beyond["predicted from q of each cohort"] = kept
+            beyond["predicted: no training from there on"] = kept
         drawn.append(charts.lines(
-            {k: [(x, max(y, 1e-8)) for x, y in v] for k, v in beyond.items()},
+            {k: [(x, max(y, FLOOR)) for x, y in v] for k, v in beyond.items()},
             "Collapse curve", "round", "share of the energy", log="y",
-            note="prediction: no training, each round keeps q of the tail"))  # fmt: skip
+            note="energy beyond the smallest rank; a round keeps q of it"))  # fmt: skip
     rank = [(r["round"], r["spectra"]["effective_rank"]) for r in told]
     drawn.append(charts.lines({"mean over modules": rank}, "Effective rank", "round",
                               "exp of the entropy of the squared spectrum"))  # fmt: skip
@@ -155,14 +157,14 @@ def collapse(rounds: Metrics) -> list[tuple[float, float]]:
 
 
 def kept_without_training(rounds: Metrics) -> list[tuple[float, float]]:
-    """What the first tail would shrink to if no round added to it: products of q squared.
+    """What the largest tail would shrink to if no later round added to it: products of q squared.
 
     q is that of the direction just beyond the smallest rank: the most any tail direction keeps.
     """
     measured = dict(collapse(rounds))
     if not measured:
         return []
-    first = min(measured)
+    first = max(measured, key=lambda n: (measured[n], -n))
     factors = [_q(r["retention"]) ** 2 for r in rounds if r["round"] > first]
     tail = measured[first] / max(1 - measured[first], 1e-12)
     odds = accumulate(factors, lambda kept, q: kept * q, initial=tail)
