@@ -18,7 +18,7 @@ from flexlora.data.templates import Tokens
 from flexlora.federation.state import Client, Payload, Penalty
 from flexlora.lowrank import LowRank, Mask
 from flexlora.training import client
-from flexlora.training.attention import Segments
+from flexlora.training.attention import Segments, by_products
 from flexlora.training.bank import Bank
 from flexlora.training.batch import Batch, collate
 from flexlora.training.client import Job, LocalTraining, train
@@ -375,3 +375,15 @@ def test_only_the_asked_factor_moves() -> None:
     for m, d in one.payload.adapter.items():
         assert torch.equal(trained[m].A, d.A)
         assert not torch.equal(trained[m].B, d.B)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_by_products_is_attention(window: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 9, 8, generator=generator) for h in (6, 2, 2))
+    distance = torch.arange(9)[:, None] - torch.arange(9)[None, :]
+    mask = (distance >= 0) & (distance < (window or 9))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, enable_gqa=True
+    )
+    torch.testing.assert_close(by_products(q, k, v, None, mask if window else None), expected)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
@@ -103,40 +103,68 @@ def attend(
             position = torch.arange(length, device=q.device)
             distance = position[:, None] - position[None, :]
             mask = (distance >= 0) & (distance < window)
-        out = scaled_dot_product_attention(
-            q[index].transpose(1, 2),
-            k[index].transpose(1, 2),
-            v[index].transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        inputs = (x[index].transpose(1, 2) for x in (q, k, v))
+        if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+            out = by_products(*inputs, scaling, mask)
+        else:
+            out = scaled_dot_product_attention(
+                *inputs,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
         results.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(results)[segments.scatter][None], None
+
+
+def by_products(
+    query: Float[Tensor, "n heads length dim"],
+    key: Float[Tensor, "n kv_heads length dim"],
+    value: Float[Tensor, "n kv_heads length dim"],
+    scaling: float | None,
+    mask: Bool[Tensor, "length length"] | None,
+) -> Float[Tensor, "n heads length dim"]:
+    """Causal attention as two batched products, the query heads of one key folded into rows.
+
+    For bfloat16 on a CPU, where torch's fused kernel takes 1.5 to 3.5 times as long (forward and
+    backward, lengths 120 to 512). Scores are bfloat16, as in transformers' eager attention.
+    """
+    n, heads, length, dim = query.shape
+    groups = key.shape[1]
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril_()
+    hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    q = (query * (dim**-0.5 if scaling is None else scaling)).reshape(n * groups, -1, dim)
+    k, v = key.reshape(n * groups, length, dim), value.reshape(n * groups, length, dim)
+    scores = torch.bmm(q, k.mT).view(n * groups, -1, length, length) + hidden
+    weights = torch.softmax(scores, -1).view(n * groups, -1, length)
+    return torch.bmm(weights, v).view(n, heads, length, dim)
 
 
 def enable(model: PreTrainedModel) -> bool:
     """Route a model's attention through :func:`attend`, and say whether flat batches work on it.
 
-    Decided by trying: two short sequences laid end to end must give the logits they give alone.
+    Decided by trying: two sequences laid end to end must give the logits they give alone.
     """
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     device = next(model.parameters()).device
-    ids = torch.tensor([[1, 2, 3, 4, 5]], device=device) % model.config.get_text_config().vocab_size
+    # Spread over the vocabulary: the first ids are often control tokens with extreme activations.
+    ids = (977 * torch.arange(3, 51)) % model.config.get_text_config().vocab_size
+    rows = list(torch.arange(48).split([32, 16]))
     try:
         with torch.no_grad():
-            rows = [torch.arange(3), torch.arange(3, 5)]
-            flat = model(**flat_inputs(ids[0].cpu(), rows, device), use_cache=False).logits[0]
-            alone = [model(x, use_cache=False).logits[0] for x in (ids[:, :3], ids[:, 3:])]
+            flat = model(**flat_inputs(ids, rows, device), use_cache=False).logits[0]
+            apart = [ids[row][None].to(device) for row in rows]
+            alone = [model(x, use_cache=False).logits[0] for x in apart]
     except (NotImplementedError, TypeError, RuntimeError, ValueError):
         works = False
     else:
         error = (flat - torch.cat(alone)).float().norm() / flat.float().norm()
-        works = bool(error < (1e-4 if flat.dtype in (torch.float32, torch.float64) else 5e-2))
+        works = bool(error < (1e-4 if flat.dtype in (torch.float32, torch.float64) else 0.1))
     if not works:
         model.set_attn_implementation(before)
     return works
