@@ -161,7 +161,7 @@ def test_who_is_not_let_in(lab):
         assert ended, name
         assert int(ended[1]) != 124, name  # it was still trying
     listed = lab.run("flwr supernode list lab --format json")
-    nodes = json.loads(listed[listed.index("{") :])["nodes"]
+    nodes = json.JSONDecoder().raw_decode(listed, listed.index("{"))[0]["nodes"]
     assert {n["status"] for n in nodes} <= {"registered", "offline", "created"}, nodes
 
 
