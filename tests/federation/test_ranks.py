@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexlora.adapter import LoraSpec
-from flexlora.federation.ranks import NAMES, PAPER_TYPES, PowerLaw, assign, count
+from flexlora.federation.ranks import NAMES, PAPER_TYPES, About, PowerLaw, assign, count
 
 IDS = [f"c{i:04}" for i in range(1000)]
 SMALL = [4, 8, 16, 32]
@@ -123,5 +123,35 @@ def test_bad_types_and_ids_are_named():
 
 
 def test_every_name_works():
+    about = {c: About(10, "x") for c in IDS}
     for name in NAMES:
-        assert len(assign(IDS, name, 0)) == 1000
+        assert len(assign(IDS, name, 0, about=about)) == 1000
+
+
+def test_one_client_at_the_largest_rank():
+    assert count(assign(IDS, "extreme-heavy-tail", 0, SMALL)) == {"4": 999, "32": 1}
+    assert count(assign(IDS[:2], "extreme-heavy-tail", 0, SMALL)) == {"4": 1, "32": 1}
+
+
+def test_alternatives_to_a_mixed_plan():
+    mixed = assign(IDS, "heavy-tail-light", 3, SMALL)
+    mean = assign(IDS, "mean-of-heavy-tail-light", 3, SMALL)
+    assert set(mean.values()) == {round(sum(mixed.values()) / 1000)}
+    assert set(assign(IDS, "highest-of-heavy-tail-light", 3, SMALL).values()) == {32}
+    strong = assign(IDS, "strong-of-heavy-tail-light", 3, SMALL)
+    assert strong == {c: r for c, r in mixed.items() if r > 4}
+    assert assign(IDS, "strong-of-homogeneous", 3, SMALL) == dict.fromkeys(IDS, 4)
+    with pytest.raises(ValueError, match="did you mean 'uniform'"):
+        assign(IDS, "mean-of-unifrom", 0)
+
+
+def test_ranks_that_follow_the_data():
+    about = {c: About(i, f"k{i % 5}") for i, c in enumerate(IDS)}
+    by_size = assign(IDS, "by-size", 0, SMALL, about)
+    assert [by_size[IDS[i]] for i in (0, 250, 500, 999)] == SMALL
+    by_category = assign(IDS, "by-category", 0, SMALL, about)
+    for k in range(5):
+        assert len({by_category[c] for c in IDS[k::5]}) == 1
+    assert set(by_category.values()) == set(SMALL)
+    with pytest.raises(ValueError, match="know every client's data"):
+        assign(IDS, "by-size", 0, SMALL)

@@ -85,9 +85,9 @@ def alone(shop: Workshop, state: ServerState, clock: Clock) -> dict[str, Any]:
         Failure: the disk is full or not writable.
     """
     e, root, console = shop.experiment, shop.folder / "adapters" / "clients", shop.console
-    folders = {c: root / quote(c, safe="") for c in e.seen}
+    folders = {c: root / quote(c, safe="") for c in e.clients}
     engine = replace(shop.engine, training=share(e))
-    left = [c for c in e.seen if not folders[c].is_dir()]
+    left = [c for c in e.clients if not folders[c].is_dir()]
     for some in batched(left, e.schedule.cohort_size):
         payloads = [e.method.downlink(state, e.clients[c]) for c in some]
         for update in engine.train(payloads, {c: e.clients[c] for c in some}):
@@ -96,10 +96,10 @@ def alone(shop: Workshop, state: ServerState, clock: Clock) -> dict[str, Any]:
             loss = update.metrics["loss"]
             console.say(
                 f"{clock():5.0f} s  {update.client} alone: training loss {loss:.3f}; "
-                f"{len(e.seen) - len(left)} of {len(e.seen)} clients"
+                f"{len(folders) - len(left)} of {len(folders)} clients"
             )
     wanted, found, ranks = e.config.evaluation, dict[str, Scores](), dict[str, list[int]]()
-    for some in batched(sample(shop, e.seen, "test", wanted.max_clients), CLIENTS_AT_ONCE):
+    for some in batched(sample(shop, list(folders), "test", wanted.max_clients), CLIENTS_AT_ONCE):
         views = {c: load_peft(folders[c]) for c in some}
         ranks |= {c: sorted(set(ranks_of(view).values())) for c, view in views.items()}
         found |= ask(shop, views, {}, "test", wanted.metrics)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flexlora.adapter import LoraSpec, Shapes, select
@@ -89,7 +89,9 @@ def build(config: Config, shapes: Shapes, like: Experiment | None = None) -> Exp
             clients[id] = Client(id, specs[id], task.sizes["train"], task.task, task.category)
     federation = config.federation
     size = cohort_size(config, len(clients))
-    schedule = Schedule(federation.rounds, size, federation.drop_out, federation.setting)
+    with blame(USAGE, "lora.changes"):
+        changes = build_changes(config, clients, shapes)
+    schedule = Schedule(federation.rounds, size, federation.drop_out, federation.setting, changes)
     with blame(USAGE, "federation"):
         suits(method, list(clients.values()), schedule)
     training = local_training(config, method)
@@ -180,6 +182,31 @@ def build_ranks(
                         "(lora.r, lora.types) or leave the module out of lora.target_modules."
                     )
     return specs, notes
+
+
+def build_changes(
+    config: Config, clients: Mapping[str, Client], shapes: Shapes
+) -> dict[int, dict[str, Client | None]]:
+    """Round -> what some clients are from then on.
+
+    Raises:
+        ValueError: an unknown client, or a rank above the largest that the server keeps.
+    """
+    found: dict[int, dict[str, Client | None]] = {}
+    for round, ranks in sorted(config.lora.changes.items()):
+        for id, r in ranks.items():
+            if id not in clients:
+                raise ValueError(f"round {round}: client {id!r} is unknown; {nearest(id, clients)}")
+            largest = min(max(c.lora.rank(m) for c in clients.values()) for m in shapes)
+            if r > largest:
+                raise ValueError(
+                    f"round {round}: client {id!r} gets rank {r}, but the plan's largest is "
+                    f"{largest}, and the server keeps no more. Lower it or raise the plan."
+                )
+            spec = LoraSpec(r, config.lora.lora_alpha, config.lora.alpha_rule) if r else None
+            changed = replace(clients[id], lora=spec) if spec else None
+            found.setdefault(round, {})[id] = changed
+    return found
 
 
 def cohort_size(config: Config, registered: int) -> int:

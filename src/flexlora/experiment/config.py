@@ -96,6 +96,9 @@ class Lora(Section):
     types: tuple[Ranks, ...] | None = None
     """What a named distribution hands out, small to large; each a rank, or module pattern -> rank.
     Default: the paper's four, 8, 30, 30 attention and 200 feed-forward, 200."""
+    changes: dict[Positive, dict[str, Natural]] = {}
+    """Ranks that change: round -> {client id: its rank from that round on}; 0: it is not there.
+    `{1: {a: 0}, 5: {a: 8}}`: a joins in round 5. A rank never exceeds the plan's largest."""
     lora_alpha: AboveZero = 16.0
     """LoRA's alpha."""
     alpha_rule: Literal["fixed", "proportional", "rslora"] = "fixed"

@@ -20,6 +20,7 @@ from flexlora.experiment.config import Config
 from flexlora.experiment.errors import MODEL, blame
 from flexlora.experiment.initial import cold_state
 from flexlora.federation.ranks import label
+from flexlora.federation.run import enrolled
 from flexlora.federation.sampling import cohort, coverage
 from flexlora.federation.state import Client, Payload
 from flexlora.federation.telemetry import download_bytes, upload_bytes
@@ -71,7 +72,9 @@ def make_plan(config: Config) -> dict[str, Any]:
         "rounds": schedule.rounds,
         "clients_per_round": schedule.cohort_size,
         "coverage": str(
-            coverage(seed, schedule.rounds, e.seen, schedule.cohort_size, schedule.drop_out)
+            coverage(
+                seed, schedule.rounds, list(e.clients), schedule.cohort_size, schedule.drop_out
+            )
         ),
         "bytes_per_round": {name: total // schedule.rounds for name, total in traffic.items()},
         "memory_bytes": {
@@ -89,7 +92,8 @@ def make_plan(config: Config) -> dict[str, Any]:
 def level_payloads(e: Experiment) -> dict[str, Payload]:
     """For each distinct rank, small to large, what such a client is sent in round 1."""
     examples: dict[str, Client] = {}
-    for client in e.clients.values():
+    later = (c for step in e.schedule.changes.values() for c in step.values() if c is not None)
+    for client in (*e.clients.values(), *later):
         examples.setdefault(label(client.lora.r), client)
     state = e.method.start(cold_state(e, ""))
     payloads = {name: e.method.downlink(state, client) for name, client in examples.items()}
@@ -101,8 +105,9 @@ def _traffic(e: Experiment, payloads: Mapping[str, Payload]) -> dict[str, int]:
     visits: Counter[str] = Counter()
     for round in range(1, e.schedule.rounds + 1):
         seed, size = e.config.federation.seed, e.schedule.cohort_size
-        present = cohort(seed, round, e.seen, size, e.schedule.drop_out)
-        visits.update(label(e.clients[c].lora.r) for c in present)
+        there = enrolled(list(e.clients.values()), e.schedule, round)
+        present = cohort(seed, round, list(there), size, e.schedule.drop_out)
+        visits.update(label(there[c].lora.r) for c in present)
     wire = e.config.federation.wire
     return {
         "up": sum(
