@@ -26,29 +26,36 @@ class Cost:
 
     Attributes:
         gemm: FLOPs in matrix products.
+        columns: the narrow side of those products.
         factor: FLOPs in QR, SVD and eigenvalue routines.
+        size: of the matrices they run on.
         bytes: memory moved beyond what the products reuse.
         calls: library calls, for modules so small that only these count.
     """
 
     gemm: float
+    columns: float
     factor: float
+    size: float
     bytes: float
     calls: float
 
     @property
     def seconds(self) -> float:
-        """On the machine the rates were measured on; only their ratio matters for the choice."""
+        """Estimated on the machine the rates were measured on; only their ratios matter."""
         return (
-            self.gemm / GEMM_RATE
-            + self.factor / FACTOR_RATE
+            self.gemm * (1 + HALF_COLUMNS / self.columns) / GEMM_RATE
+            + self.factor * (1 + HALF_SIZE / self.size) / FACTOR_RATE
             + self.bytes / MEMORY_RATE
             + self.calls * CALL
         )
 
 
-GEMM_RATE, FACTOR_RATE, MEMORY_RATE, CALL = 150e9, 80e9, 6e9, 30e-6
-"""FLOP/s, FLOP/s, bytes/s, seconds: float32, two cores of an AMD EPYC (2026), MKL."""
+GEMM_RATE, FACTOR_RATE, MEMORY_RATE, CALL = 180e9, 150e9, 6e9, 30e-6
+"""FLOP/s, FLOP/s, bytes/s, seconds: float32, MKL on two cores of an AMD EPYC, November 2026."""
+
+HALF_COLUMNS, HALF_SIZE = 15, 500
+"""Products this narrow, and factorisations this small, run at half those rates."""
 
 
 def cost(
@@ -56,51 +63,47 @@ def cost(
 ) -> Cost:
     """The work of one path.
 
-    Args:
-        path: which.
-        shape: `(d_out, d_in)`.
-        terms: products in the sum.
-        total_rank: `R = sum r_k`.
-        rank: `r`, wanted.
-        itemsize: bytes per number of the arithmetic.
-
-    With `m, n = shape`, `k = min(m, n)` and the subspace width `l`:
+    With `m, n = d_out, d_in`, `k = min(m, n)`, `R = sum r_k`, the rank `r` wanted, and `l`, `b` the
+    width of the Krylov subspace and of its blocks (`t` stands for `(m + n) (5 l^2 + 2 l r)`,
+    orthogonalisation and result; float64 counts twice):
 
     | path | products | factorisations |
     |---|---|---|
     | core | `2 R^3 + 2 (m + n) R r` | QR `4 (m + n) R^2`, SVD `22 R^3` |
-    | gram | `2 m n R + 4 m n k + 2 m n r + 2 (m + n) r^2` | eigh `9 k^3` in float64 (twice), QR `4 max r^2` |
+    | gram | `2 m n (R + 2 k + r) + 2 (m + n) r^2` | eigenvectors `18 k^3`, SVD `22 r^3` |
     | dense | `2 m n R` | SVD `22 k^3 + 4 (m n - k^2) k` |
-    | dense-krylov | `2 m n R + 4 m n l`, orthogonalisation | QR `8 (m + n) l b`, SVD `22 l^3` |
-    | krylov | `4 R (m + n) l`, orthogonalisation | the same |
+    | dense-krylov | `2 m n (R + 2 l) + t` | QR `8 (m + n) l b`, SVD, eigenvalues `58 l^3` |
+    | krylov | `4 R (m + n) l + t` | the same |
+
+    Args:
+        path: which.
+        shape: `(d_out, d_in)`.
+        terms: products in the sum.
+        total_rank: `R`.
+        rank: `r`.
+        itemsize: bytes per number of the arithmetic.
     """
     (m, n), R, r = shape, total_rank, rank
     k = min(m, n)
-    form, moved = 2.0 * m * n * R, float(itemsize * (m * n + R * (m + n)))
+    form, read = 2.0 * m * n * R, float(itemsize * R * (m + n))
     if path == "core":
-        work = 2.0 * R**3 + 2.0 * (m + n) * R * r
-        read = 3.0 * itemsize * R * (m + n)
-        return Cost(work, 4.0 * (m + n) * R**2 + 22.0 * R**3, read, 10 + terms)
+        gemm, factor = 2.0 * R**3 + 2.0 * (m + n) * R * r, 4.0 * (m + n) * R**2 + 22.0 * R**3
+        return Cost(gemm, R, factor, R, 3 * read, 10 + terms)
+    written = 2.0 * itemsize * m * n
     if path == "gram":
-        factor = 2 * 9.0 * k**3 + 4.0 * max(m, n) * r**2 + 22.0 * r**3
-        return Cost(
-            form + 4.0 * m * n * k + 2.0 * m * n * r + 2.0 * (m + n) * r**2,
-            factor,
-            4 * moved,
-            10 + terms,
-        )
+        gemm = form + 4.0 * m * n * k + 2.0 * m * n * r + 2.0 * (m + n) * r**2
+        return Cost(gemm, 128, 18.0 * k**3 + 22.0 * r**3, k, 2 * written, 10 + terms)
     if path == "dense":
-        return Cost(form, 22.0 * k**3 + 4.0 * (m * n - k * k) * k, 2 * moved, 2 + terms)
+        return Cost(form, 128, 22.0 * k**3 + 4.0 * (m * n - k * k) * k, k, written, 2 + terms)
     b, width = block_size(r), expected_width(r, k)
-    steps = -(-width // b)
-    tidy = 6.0 * (m + n) * width**2 + 2.0 * (m + n) * width * r
-    factor = 8.0 * (m + n) * width * b + 4 * 6.0 * width**3 + 22.0 * width**3
-    columns = 2 * width + PROBES
+    steps, columns = -(-width // b), 2 * width + PROBES
+    tidy = (m + n) * (5.0 * width**2 + 2.0 * width * r)
+    factor, size = 8.0 * (m + n) * width * b + 58.0 * width**3, (b + width) / 2
     if path == "dense-krylov":
-        passes = itemsize * 2.0 * steps * m * n
-        return Cost(form + 2.0 * m * n * columns + tidy, factor, moved + passes, 30 * steps + terms)
-    passes = itemsize * 2.0 * steps * R * (m + n) / 4  # read by products that reuse it 64 times
-    return Cost(2.0 * R * (m + n) * columns + tidy, factor, passes, steps * (30 + 4 * terms))
+        gemm, moved = form + 2.0 * m * n * columns + tidy, written * (1 + steps / 4)
+        return Cost(gemm, 128, factor, size, moved, 30 * steps + terms)
+    gemm, moved = 2.0 * R * (m + n) * columns + tidy, read * (1 + steps / 4)
+    return Cost(gemm, b, factor, size, moved, steps * (30 + terms / 2))
 
 
 def choose(

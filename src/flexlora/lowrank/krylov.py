@@ -109,12 +109,12 @@ class Subspace:
         """Whether `U` holds every direction there is."""
         return self.width == min(self.U.shape[1], self.V.shape[1])
 
-    def squares(self) -> Float[Tensor, "modules l"]:
-        """Squared singular values of `U^T D`, descending.
+    def squares(self, rows: int) -> Float[Tensor, "modules l"]:
+        """Squared singular values of `U^T D` in the first `rows` directions of `V`, descending.
 
         In float64: `T` only ever grows, so that their growth is not lost in rounding.
         """
-        T = self.T.double()
+        T = self.T[:, :rows].double()
         squares: Tensor = torch.linalg.eigvalsh(T.mT @ T)
         return squares.flip(1).clamp_min(0)
 
@@ -155,7 +155,7 @@ def block_krylov(
     of its own (a small excess in Frobenius norm alone can hide a garbage tail).
 
     The estimates: subspaces are nested, so each `s_j^2` only grows (Cauchy interlacing); what is
-    missing from it is extrapolated from its last two increments as a geometric series, twice. The
+    missing from it is extrapolated from its last increment as a geometric series, twice. The
     energy outside the subspace is measured on 8 independent Gaussian columns (relative standard
     deviation `sqrt(2 / (8 effective rank of the tail))`). Before the end these columns also look
     for a direction outside that belongs inside: Krylov spaces see a value repeated more often than
@@ -188,6 +188,7 @@ def block_krylov(
     scale = Y.norm(dim=(1, 2), keepdim=True) / (block * max(d_out, d_in)) ** 0.5
     noise = gaussian(max(d_out, d_in), block) * scale * eps
     space = Subspace(X.new_zeros(modules, d_out, 0), X, X.new_zeros(modules, block, 0), block)
+    halfway: list[Tensor] = []
     past: list[Tensor] = []
     applies = block + PROBES
     while True:
@@ -196,9 +197,11 @@ def block_krylov(
         applies += space.width - width
         X = space.newest
         if space.width >= rank:
-            squares, rest = space.squares(), seen - space.U @ (space.U.mT @ seen)
-            past = [*past[-2:], squares[:, :rank]]
-            gain = torch.zeros_like(past[-1]) if space.complete else missing(past)
+            squares = space.squares(space.V.shape[2])
+            past = [*past[-1:], squares[:, :rank]]
+            halfway = [*halfway[-1:], space.squares(space.V.shape[2] - space.new)[:, :rank]]
+            gain = torch.zeros_like(past[-1]) if space.complete else missing(halfway, past)
+            rest = seen - space.U @ (space.U.mT @ seen)
             outside = rest.double().square().sum((1, 2)) / PROBES
             estimate = Estimate(past[-1], gain, outside + squares[:, rank:].sum(1), eps)
             if space.complete:
@@ -234,28 +237,31 @@ def extend(
     """
     first = basis.mT @ Y
     rest = Y - basis @ first
-    width = min(Y.shape[2], basis.shape[1] - basis.shape[2])
-    Q, _ = torch.linalg.qr(rest[..., :width])
-    for _ in range(2):  # "twice is enough" (Kahan) where something new remains; else once more
-        Q, _ = torch.linalg.qr(Q - basis @ (basis.mT @ Q))
-    return Q, torch.cat([first + basis.mT @ rest, Q.mT @ rest], 1)
+    Q, _ = torch.linalg.qr(rest[..., : basis.shape[1] - basis.shape[2]])
+    close = 10 * torch.finfo(Y.dtype).eps
+    for _ in range(3):  # "twice is enough" (Kahan) where something new remains; else once more
+        slant = basis.mT @ Q
+        if not slant.numel() or float(slant.abs().amax()) <= close:
+            break
+        Q, _ = torch.linalg.qr(Q - basis @ slant)
+    return Q, torch.cat([first, Q.mT @ rest], 1)
 
 
-def missing(past: list[Tensor]) -> Tensor:
-    """What is missing from each squared singular value, from its last increments.
+def missing(halfway: list[Tensor], past: list[Tensor]) -> Tensor:
+    """What is missing from each squared singular value, from the last increments.
 
-    One ratio for all of a module, of the sums of relative increments: single ones are too noisy.
+    `past` are the values after each step, `halfway` those of the same subspaces half a step before:
+    the increment of the one over that of the other is the rate of convergence per half step. One
+    rate for all of a module, of the sums of relative increments: single ones are too noisy.
     """
     if len(past) < 2:
         return torch.full_like(past[-1], torch.inf)
-    last = (past[-1] - past[-2]).clamp_min(0)
-    if len(past) < 3:
-        return SAFETY * last
     size = past[-1].clamp_min(1e-300)
-    before = ((past[-2] - past[-3]).clamp_min(0) / size).sum(1, keepdim=True)
-    ratio = (last / size).sum(1, keepdim=True) / before.clamp_min(1e-300)
-    ratio = ratio.clamp(0, LARGEST_RATIO)
-    return SAFETY * last * ratio / (1 - ratio)
+    last = (past[-1] - past[-2]).clamp_min(0)
+    before = ((halfway[-1] - halfway[-2]).clamp_min(0) / size).sum(1, keepdim=True)
+    rate = (last / size).sum(1, keepdim=True) / before.clamp_min(1e-300)
+    rate = rate.square().clamp(0, LARGEST_RATIO)
+    return SAFETY * last * rate / (1 - rate)
 
 
 def largest_outside(D: Operator, U: Tensor, seen: Tensor) -> Tensor:
