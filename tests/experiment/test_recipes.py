@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flexlora import cli
-from flexlora.experiment.load import recipes
+from flexlora.experiment.load import comparisons, recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,7 +62,7 @@ def test_recipe(name, tiny_model_dir, partition, tmp_path, monkeypatch, capsys):
 
 def test_recipes_lie_at_the_root_too():
     assert sorted(p.name for p in (ROOT / "recipes").glob("*.yaml")) == [
-        f"{name}.yaml" for name in recipes()
+        f"{name}.yaml" for name in sorted(recipes() | comparisons())
     ]
 
 

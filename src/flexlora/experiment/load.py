@@ -76,7 +76,7 @@ def find_recipe(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    shipped = recipes()
+    shipped = recipes() | comparisons()
     stem = Path(name).stem
     if stem in shipped and name in (stem, f"{stem}.yaml", f"recipes/{stem}.yaml"):
         return shipped[stem]
@@ -85,9 +85,18 @@ def find_recipe(name: str) -> Path:
 
 
 def recipes() -> dict[str, Path]:
-    """Name -> path of the recipes that ship with the package."""
+    """Name -> path of the recipes of runs that ship with the package."""
+    return {name: path for name, path in _shipped() if not name.startswith("compare-")}
+
+
+def comparisons() -> dict[str, Path]:
+    """The same for comparisons."""
+    return {name: path for name, path in _shipped() if name.startswith("compare-")}
+
+
+def _shipped() -> list[tuple[str, Path]]:
     folder = Path(str(resources.files("flexlora") / "recipes"))
-    return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+    return [(p.stem, p) for p in sorted(folder.glob("*.yaml"))]
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], Where]:
