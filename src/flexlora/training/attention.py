@@ -103,12 +103,14 @@ def attend(
             position = torch.arange(length, device=q.device)
             distance = position[:, None] - position[None, :]
             mask = (distance >= 0) & (distance < window)
-        inputs = (x[index].transpose(1, 2) for x in (q, k, v))
+        queries, keys, values = (x[index].transpose(1, 2) for x in (q, k, v))
         if q.dtype == torch.bfloat16 and q.device.type == "cpu":
-            out = by_products(*inputs, scaling, mask)
+            out = by_products(queries, keys, values, scaling, mask)
         else:
             out = scaled_dot_product_attention(
-                *inputs,
+                queries,
+                keys,
+                values,
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=scaling,
@@ -154,7 +156,7 @@ def enable(model: PreTrainedModel) -> bool:
     device = next(model.parameters()).device
     # Spread over the vocabulary: the first ids are often control tokens with extreme activations.
     ids = (977 * torch.arange(3, 51)) % model.config.get_text_config().vocab_size
-    rows = list(torch.arange(48).split([32, 16]))
+    rows = list(torch.split(torch.arange(48), [32, 16]))
     try:
         with torch.no_grad():
             flat = model(**flat_inputs(ids, rows, device), use_cache=False).logits[0]
