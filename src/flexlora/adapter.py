@@ -76,7 +76,7 @@ class LoraSpec:
 
 
 def matches(pattern: str, module: str) -> bool:
-    """Whether a PEFT-style target names a module: its last components, or a full regular expression.
+    """Whether a PEFT-style target names a module: its last parts, or a full regular expression.
 
     >>> matches("q_proj", "model.layers.0.self_attn.q_proj"), matches("proj", "a.q_proj")
     (True, False)
@@ -178,9 +178,9 @@ def save_peft(
 ) -> Path:
     """Write a PEFT folder of one uniform rank with all scalings folded in.
 
-    `r = lora_alpha = rank`, no rsLoRA, no rank or alpha patterns: several servers of adapters ignore
-    patterns silently. A product of higher rank is truncated by SVD, one of lower rank is padded with
-    zero columns of `B`.
+    `r = lora_alpha = rank`, no rsLoRA, no rank or alpha patterns: several servers of adapters
+    ignore patterns silently. A product of higher rank is truncated by SVD, one of lower rank is
+    padded with zero columns of `B`.
 
     Args:
         adapter: the products to write.
