@@ -19,14 +19,15 @@ from torch import Tensor
 from flexlora.adapter import stable_seed
 from flexlora.data.templates import Tokens
 from flexlora.federation.state import Client, Payload, Update
+from flexlora.training.ahead import ahead
 from flexlora.training.bank import Bank
-from flexlora.training.batch import Item, collate, label_count, packed
-from flexlora.training.dropout import Dropout
-from flexlora.training.memory import Budget, exhausted, group_size
+from flexlora.training.batch import Item
+from flexlora.training.memory import Budget, group_size
 from flexlora.training.models import Base, checkpointing
 from flexlora.training.optim import Moments, clip_, step_
 from flexlora.training.regularise import add_penalty_
 from flexlora.training.settings import LocalTraining as LocalTraining
+from flexlora.training.step import gradients
 from flexlora.training.stopwatch import Stopwatch
 
 REPORT_SECONDS = 0.2
@@ -110,13 +111,16 @@ def train(
     slots = group_size(training.group_size, base, payloads)
     budget = budget or Budget.of(training.tokens_per_forward, base, training.gradient_checkpointing)
     bank = bank_for(base, payloads, slots)
+    # A GPU works on while the next clients' text is read; a CPU would only be shared.
+    depth = slots if base.device.type == "cuda" else 0
+    texts = ahead([job.load for job in waiting], depth)
     running: dict[int, _Running] = {}
     clock, tokens = Stopwatch(), 0
     with checkpointing(base.model, training.gradient_checkpointing):
         while waiting or running:
             for slot in range(slots):
                 if slot not in running and waiting:
-                    running[slot] = _start(bank, slot, waiting.pop(0), training, seed)
+                    running[slot] = _start(bank, slot, waiting.pop(0), next(texts), training, seed)
             clock.lap("data")
             losses = _gradients(base, bank, running, training, seed, budget, clock)
             _step(bank, running, training)
@@ -161,8 +165,9 @@ def bank_for(base: Base, payloads: Sequence[Payload], slots: int) -> Bank:
     )
 
 
-def _start(bank: Bank, slot: int, job: Job, training: LocalTraining, seed: int) -> _Running:
-    examples = job.load()
+def _start(
+    bank: Bank, slot: int, job: Job, examples: Sequence[Tokens], training: LocalTraining, seed: int
+) -> _Running:
     if not examples:
         raise ValueError(
             f"client {job.client.id!r} (task {job.client.task!r}): no training examples; expected "
@@ -195,11 +200,7 @@ def _gradients(
     budget: Budget,
     clock: Stopwatch,
 ) -> Tensor:
-    """Gradients of one optimiser step of every running client, and the mean loss of each slot.
-
-    A client's loss is the sum over the labels of its step divided by their number, so it does not
-    matter how the examples are cut into forwards. Out of memory: half the tokens, from the start.
-    """
+    """Gradients of the next step of every running client, and the mean loss of each slot."""
     items: list[Item] = []
     seeds: list[int] = []
     for slot, r in sorted(running.items()):
@@ -207,52 +208,9 @@ def _gradients(
             items.append((slot, tokens))
             key = (seed, r.job.client.id, r.job.payload.round, r.step, n)
             seeds.append(stable_seed("dropout", *key) if training.lora_dropout else 0)
-    while True:
-        try:
-            losses = _passes(base, bank, items, seeds, training.lora_dropout, budget.tokens, clock)
-            break
-        except (RuntimeError, MemoryError) as error:
-            if not exhausted(error):
-                raise
-        for slot in running:
-            bank.held(slot).grad.zero_()
-        budget.halve(longest=max(len(t.ids) for _, t in items))
+    losses = gradients(base, bank, items, (training.lora_dropout, seeds), budget, clock)
     for slot, r in running.items():
-        if r.job.payload.penalty is not None:
-            add_penalty_(bank.held(slot), r.job.payload)
-    return losses
-
-
-def _passes(
-    base: Base,
-    bank: Bank,
-    items: Sequence[Item],
-    seeds: Sequence[int],
-    p: float,
-    budget: int,
-    clock: Stopwatch,
-) -> Tensor:
-    """Forward and backward over all examples, a budget of tokens at a time."""
-    counts: dict[int, int] = defaultdict(int)
-    for slot, t in items:
-        counts[slot] += label_count(t)
-    losses = torch.zeros(len(bank.slots), dtype=bank.dtype, device=base.device)
-    first = 0
-    for chunk in packed(items, budget):
-        # A dropout mask belongs to one example, so examples share no token.
-        batch = collate(base, chunk, share=not p)
-        keys = [seeds[first + i] for i in batch.order]
-        dropout = Dropout.for_examples(p, keys, batch.lengths, base.device) if p else None
-        weights = batch.per_label([1 / counts[slot] for slot, _ in chunk], bank.dtype)
-        owner = batch.per_label([slot for slot, _ in chunk], torch.long)
-        clock.lap("data")
-        with bank.routed(batch.slots, batch.sizes, dropout):
-            loss = batch.losses(base) * weights
-            clock.lap("forward")
-            loss.sum().backward()  # type: ignore[no-untyped-call]
-        losses.index_add_(0, owner, loss.detach().to(losses.dtype))
-        first += len(chunk)
-        clock.lap("backward")
+        add_penalty_(bank.held(slot), r.job.payload)
     return losses
 
 

@@ -13,7 +13,7 @@ import string
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
@@ -24,6 +24,7 @@ from flexlora.data.templates import Tokens
 from flexlora.federation.state import Term
 from flexlora.training.bank import Bank
 from flexlora.training.batch import Item, chunks, collate, label_count
+from flexlora.training.generate import generate
 from flexlora.training.models import Base
 
 Metric = Literal["loss", "rouge_l", "exact_match", "score", "rouge_l_teacher_forced"]
@@ -127,7 +128,8 @@ def _score(
         for c, v in teacher_forced(base, bank, exams, slot_of, budget).items():
             values[c]["rouge_l_teacher_forced"] = v
     if {"rouge_l", "exact_match", "score"} & set(metrics):
-        texts = generate(base, bank, exams, slot_of, budget, max_new_tokens)
+        prompts = {c: [t.prompt for t in e.tokens[: e.generated]] for c, e in exams.items()}
+        texts = generate(base, bank, prompts, slot_of, budget, max_new_tokens)
         for c, exam in exams.items():
             pairs = list(zip(exam.examples, texts[c], strict=False))
             answers[c] = tuple(Answer(e, t) for e, t in pairs)
@@ -182,53 +184,6 @@ def _items(exams: Mapping[str, Exam], slot_of: Mapping[str, int]) -> tuple[list[
     rows = [(slot_of[c], c, t) for c, exam in exams.items() for t in exam.tokens]
     rows.sort(key=lambda row: (row[0], row[2].ids))
     return [c for _, c, _ in rows], [(slot, t) for slot, _, t in rows]
-
-
-def generate(
-    base: Base,
-    bank: Bank,
-    exams: Mapping[str, Exam],
-    slot_of: Mapping[str, int],
-    budget: int,
-    max_new_tokens: int,
-) -> dict[str, list[str]]:
-    """Greedy answers, many clients in one batch with a key/value cache; prompts of like length."""
-    asked = [
-        (len(t.prompt), slot_of[c], c, n, t.prompt)
-        for c, exam in exams.items()
-        for n, t in enumerate(exam.tokens[: exam.generated])
-    ]
-    texts: dict[str, list[str]] = {c: [""] * len(e.tokens[: e.generated]) for c, e in exams.items()}
-    asked.sort(key=lambda row: row[:2])
-    while asked:
-        rows = max(1, min(len(asked), 32, budget // (asked[-1][0] + max_new_tokens)))
-        taken, asked = sorted(asked[-rows:], key=lambda row: row[1]), asked[:-rows]
-        out = _generate_batch(base, bank, taken, max_new_tokens)
-        for (_, _, c, n, _), text in zip(taken, out, strict=True):
-            texts[c][n] = text
-    return texts
-
-
-def _generate_batch(
-    base: Base, bank: Bank, rows: Sequence[tuple[Any, ...]], max_new_tokens: int
-) -> list[str]:
-    longest, pad = max(row[0] for row in rows), base.tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for *_, p in rows])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for *_, p in rows])
-    slots = [row[1] for row in rows]
-    runs, model = sorted(set(slots)), cast(Any, base.model)
-    with bank.routed(runs, [slots.count(slot) for slot in runs]):
-        out = model.generate(
-            input_ids=ids.to(base.device),
-            attention_mask=mask.to(base.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=base.tokenizer.eos_token_id,
-        )
-    return [
-        t.strip() for t in base.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-    ]
 
 
 def text_scores(
