@@ -11,7 +11,7 @@ from flexlora.experiment.build import BOUNDS
 from flexlora.experiment.config import Tracker
 from flexlora.federation.ranks import NAMES
 from flexlora.federation.state import Method
-from flexlora.methods import methods
+from flexlora.methods import make, methods
 
 
 def catalogue() -> dict[str, Any]:
@@ -30,11 +30,14 @@ def _method(factory: Callable[..., Method]) -> dict[str, Any]:
     required = [
         p.name for p in inspect.signature(factory).parameters.values() if p.default is p.empty
     ]
-    about: dict[str, Any] = {"settings": settings}
-    if not required:
-        method = factory()
+    about: dict[str, Any] = {"settings": settings, "wraps": "of" in required}
+    if set(required) <= {"of"}:
+        # what is true of a wrapper is told around FedIT, whose basis every one of them can take
+        method = factory(**dict.fromkeys(required, make("fedit")))
         about |= {
             "mixed_ranks": method.mixed_ranks,
+            "exact": method.exact,
+            "linear": method.linear,
             "stateless": method.stateless,
             "trains": method.trains,
             "up": method.up,
