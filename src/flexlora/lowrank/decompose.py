@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flexlora.lowrank.cost import EXACT, Path, choose
+from flexlora.lowrank.estimate import Estimate, Triples
 from flexlora.lowrank.exact import core_svd, dense_svd, gram_svd
-from flexlora.lowrank.krylov import Estimate, Triples, block_krylov
+from flexlora.lowrank.krylov import block_krylov
 from flexlora.lowrank.operators import Operator, Sum, weighted_sum
 from flexlora.lowrank.product import LowRank
 

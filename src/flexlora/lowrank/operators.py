@@ -177,7 +177,7 @@ def weighted_sum(
     first = modules[0]
     dtype = dtype or _widest(first)
     device = device or first[0].B.device
-    peaks = torch.stack([torch.stack([_peaks(t) for t in terms]) for terms in modules])
+    peaks = torch.stack([torch.stack([_peaks(t) for t in terms]) for terms in modules]).cpu()
     if not bool(peaks.isfinite().all()):
         module, term = (~peaks.isfinite()).any(2).nonzero()[0].tolist()
         raise ValueError(
@@ -207,7 +207,7 @@ def _widest(terms: Sequence[LowRank]) -> torch.dtype:
 def _peaks(term: LowRank) -> Tensor:
     ends = [e.double().abs() for x in (term.B, term.A) for e in torch.aminmax(x)]
     peak_b, peak_a = torch.maximum(ends[0], ends[1]), torch.maximum(ends[2], ends[3])
-    return torch.stack([peak_b, peak_a]).cpu()
+    return torch.stack([peak_b, peak_a])
 
 
 def _groups(terms: Sequence[LowRank]) -> tuple[tuple[int, ...], ...]:
