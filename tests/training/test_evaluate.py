@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -11,6 +13,7 @@ from flexlora.adapter import LoraSpec
 from flexlora.data.task import Example, Task
 from flexlora.engines.embedded import Embedded, Prompting
 from flexlora.lowrank import LowRank
+from flexlora.training import evaluate as scoring
 from flexlora.training.evaluate import Scores, normalised, summary
 
 METRICS = ("loss", "rouge_l", "exact_match", "score", "rouge_l_teacher_forced")
@@ -100,3 +103,25 @@ def test_summaries() -> None:
     assert summary(scores) == {"loss": 2.0}
     assert summary(scores, weighted=True) == {"loss": 2.5}
     assert normalised("a - b") == "a - b"
+
+
+def test_a_question_is_answered_once(engine: Embedded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same adapter by value is remembered; another one, or another question, is not."""
+    asked = []
+    score = scoring.evaluate
+
+    def counted(base, exams, *rest):
+        asked.append(sorted(exams))
+        return score(base, exams, *rest)
+
+    monkeypatch.setattr(scoring, "evaluate", counted)
+    fresh = Embedded(engine.base, engine.population, prompting=engine.prompting)
+    first = fresh.evaluate(views(engine))
+    second = fresh.evaluate(views(engine))
+    other = views(engine)
+    module = next(iter(other["echo"]))
+    other["echo"] = {**other["echo"], module: replace(other["echo"][module], scaling=0.5)}
+    fresh.evaluate(other)
+    fresh.evaluate(views(engine), max_examples=2)
+    assert first == second
+    assert asked == [["add", "count", "echo"], [], ["echo"], ["add", "count", "echo"]]

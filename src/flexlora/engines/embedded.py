@@ -14,10 +14,13 @@ from flexlora.data.templates import AnswerTooLong, Template, Tokens, encode
 from flexlora.federation.state import Client, Payload, Term, Update
 from flexlora.training import evaluate as scoring
 from flexlora.training.client import Job, LocalTraining, Progress, train
-from flexlora.training.evaluate import Exam, Metric, Scores
+from flexlora.training.evaluate import Exam, Metric, Scores, digest
 from flexlora.training.kept import Kept, flat, nested, recall, remember
 from flexlora.training.memory import Budget, group_size
 from flexlora.training.models import Base
+
+MOST_KNOWN = 10_000
+"""Results of evaluations that are remembered: a client under an adapter each."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Embedded:
     prompting: Prompting = field(default_factory=Prompting)
     on_step: Callable[[Progress], None] | None = None
     kept: Kept = field(default_factory=dict)
-    _budget: list[Budget] = field(default_factory=list)
+    _budget: list[Budget] = field(default_factory=list, init=False)
+    _known: dict[tuple[object, ...], Scores] = field(default_factory=dict, init=False)
 
     def train(self, payloads: Sequence[Payload], clients: Mapping[str, Client]) -> Iterator[Update]:
         """Every client's local round, `group_size` at a time; updates as they are ready."""
@@ -134,13 +138,25 @@ class Embedded:
         """Score clients on one split, each under the view given for it (the base: `{}`).
 
         Clients that share a view must share the object. `max_examples` and `max_generated` bound
-        the examples per client, the first ones, so that two evaluations see the same.
+        the examples per client, the first ones, so that two evaluations see the same. What was
+        asked before of the same adapter is remembered.
         """
         frozen = {module: (term,) for module, term in (patch or {}).items()}
+        asked = (split, frozenset(metrics), max_examples, max_generated, max_new_tokens)
+        patched = digest(patch or {})
+        models = {id(view): digest(view) for view in views.values()}
+        keys = {c: (c, models[id(view)], patched, *asked) for c, view in views.items()}
         exams = {}
         for client, adapter in views.items():
+            if keys[client] in self._known:
+                continue
             examples, tokens = self.encoded(client, split, max_examples)
             score = self.population[client].score
             exams[client] = Exam(adapter, examples, tokens, frozen, score, max_generated)
         budget = 2 * self.budget.tokens  # nothing is kept for a backward
-        return scoring.evaluate(self.base, exams, metrics, budget, max_new_tokens)
+        found = scoring.evaluate(self.base, exams, metrics, budget, max_new_tokens)
+        if len(self._known) > MOST_KNOWN:
+            self._known.clear()
+        scores = {c: found[c] if c in found else self._known[keys[c]] for c in views}
+        self._known.update({keys[c]: scores[c] for c in found})
+        return scores

@@ -8,6 +8,7 @@ name; it is comparable with nothing else.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import string
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from flexlora.adapter import Adapter
 from flexlora.data.task import Example
 from flexlora.data.templates import Tokens
 from flexlora.federation.state import Term
+from flexlora.lowrank import LowRank
 from flexlora.training.bank import Bank
 from flexlora.training.batch import Item, chunks, collate, label_count
 from flexlora.training.generate import generate
@@ -184,6 +186,18 @@ def _items(exams: Mapping[str, Exam], slot_of: Mapping[str, int]) -> tuple[list[
     rows = [(slot_of[c], c, t) for c, exam in exams.items() for t in exam.tokens]
     rows.sort(key=lambda row: (row[0], row[2].ids))
     return [c for _, c, _ in rows], [(slot, t) for slot, _, t in rows]
+
+
+def digest(terms: Mapping[str, Term]) -> str:
+    """A name for what terms compute: hash of their modules, numbers and scalings."""
+    found = hashlib.blake2b(digest_size=16)
+    for module, term in terms.items():
+        parts = (term.B, term.A) if isinstance(term, LowRank) else (term,)
+        scaling = term.scaling if isinstance(term, LowRank) else 1.0
+        found.update(f"{module} {[(*x.shape, x.dtype) for x in parts]} {scaling!r}".encode())
+        for x in parts:
+            found.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def text_scores(
