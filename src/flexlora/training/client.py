@@ -103,7 +103,8 @@ def train(
         ValueError: a client without training examples, or a payload for another base model.
         MemoryError: not even one example at a time fits.
     """
-    waiting = list(jobs)
+    # Those with most to do start first, so that none is left to work alone at the end.
+    waiting = sorted(jobs, key=lambda job: -training.draws(job.client.num_examples))
     total = len(waiting)
     if not total:
         return
@@ -144,6 +145,8 @@ def train(
 def bank_for(base: Base, payloads: Sequence[Payload], slots: int) -> Bank:
     """An empty bank for these payloads; stacked on a GPU."""
     widest: dict[str, int] = {}
+    if len({p.train for p in payloads}) > 1:
+        raise ValueError(f"round {payloads[0].round}: payloads differ in which factors they train.")
     for payload in payloads:
         if payload.base != base.fingerprint:
             raise ValueError(
