@@ -34,6 +34,7 @@ from flexlora.federation.telemetry import singular_values
 from flexlora.lowrank import LowRank
 from flexlora.methods import make
 
+UNTRAINED = "flexlora without training (q)"
 METHODS = ("flexlora", "raflora", "flexlora-memory")
 LAYER, SHAPE = "layer", (48, 40)
 CLIENTS, SMALL, LARGE, ROUNDS = 40, 4, 16, 300
@@ -111,14 +112,19 @@ def collapse(size: int, share: float, name: str, steps: int) -> tuple[list[float
     return told, error
 
 
-def predicted(size: int, share: float) -> list[float]:
-    """The same tail under FlexLoRA without training: direction j keeps q_j of each cohort."""
+def shares(size: int, share: float) -> list[float]:
+    """`q` of the large rank in every round's cohort: the owners' share of it."""
     owners = {c.id for c in people(share) if c.lora.r == LARGE}
-    ids, kept, told = [c.id for c in people(share)], 1.0, []
+    ids = [c.id for c in people(share)]
+    return [len(owners & set(cohort(0, n, ids, size))) / size for n in range(1, ROUNDS + 1)]
+
+
+def predicted(size: int, share: float) -> list[float]:
+    """The flat tail under FlexLoRA without training: direction j keeps q_j of each cohort."""
+    kept, told = 1.0, []
     S = torch.linspace(1.01, 0.99, LARGE).double() ** 2
     head, tail = float(S[:SMALL].sum()), float(S[SMALL:].sum())
-    for round in range(1, ROUNDS + 1):
-        q = len(owners & set(cohort(0, round, ids, size))) / size
+    for q in shares(size, share):
         kept *= q * q
         told.append(tail * kept / (head + tail * kept))
     return told
@@ -136,15 +142,14 @@ def collapse_piece(out: Path) -> dict[str, object]:
             assert worst < 1e-4, f"{where}: q_j and the method differ by {worst}"
             kept, _ = collapse(size, share, "flexlora-memory", 0)
             assert abs(kept[-1] - kept[0]) < 1e-3, f"{where}: server memory lost {kept}"
-            owners = {c.id for c in people(share) if c.lora.r == LARGE}
-            ids = [c.id for c in people(share)]
-            none = sum(not owners & set(cohort(0, n, ids, size)) for n in range(1, ROUNDS + 1))
             told = {name: collapse(size, share, name, 5) for name in METHODS}
-            for name, (curve, _) in told.items():
-                curves[f"{where}, {name}"] = curve
-            last = {name: sum(c[-50:]) / 50 for name, (c, _) in told.items()}
-            rows.append([where, none / ROUNDS, next((i for i, v in enumerate(q, 1) if v < 1e-4), 0)]
-                        + [last[name] for name in METHODS] + [told[name][1] for name in METHODS])  # fmt: skip
+            curves |= {f"{where}, {name}": curve for name, (curve, _) in told.items()}
+            curves[f"{where}, {UNTRAINED}"] = q
+            tails = [sum(told[name][0][-50:]) / 50 for name in METHODS]
+            errors = [told[name][1] for name in METHODS]
+            alone = sum(found == 0 for found in shares(size, share)) / ROUNDS
+            gone = next((n for n, v in enumerate(q, 1) if v < 1e-4), 0)
+            rows.append([where, alone, gone, *tails, *errors])
     columns = [f"{what}, {m}" for what in ("tail", "error") for m in METHODS]
     print_table(["", "rounds without an owner", "untrained tail below 1e-4", *columns], rows)
     plot(curves, out / "collapse.svg")
@@ -152,34 +157,37 @@ def collapse_piece(out: Path) -> dict[str, object]:
 
 
 def plot(curves: Mapping[str, Sequence[float]], path: Path) -> None:
-    """One panel per federation, one line per method."""
+    """One panel per federation, one line per method, and what no training would leave."""
+    import matplotlib
+
+    matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
+    matplotlib.rcParams |= {"svg.hashsalt": "flexlora", "svg.fonttype": "none"}
+    styles = {
+        "flexlora": ("#0072B2", "-"),
+        "raflora": ("#D55E00", "--"),
+        "flexlora-memory": ("#009E73", "-."),
+        UNTRAINED: ("#555555", ":"),
+    }
     places = list(dict.fromkeys(name.rpartition(", ")[0] for name in curves))
     figure, panels = plt.subplots(
-        2, 2, figsize=(8, 5.4), sharex=True, sharey=True, layout="constrained"
+        2, 2, figsize=(8, 5.6), sharex=True, sharey=True, layout="constrained"
     )
     for panel, place in zip(panels.flat, places, strict=True):
-        for name, colour, style in zip(
-            METHODS, ("#0072B2", "#D55E00", "#009E73"), ("-", "--", "-."), strict=True
-        ):
-            curve = curves[f"{place}, {name}"]
-            panel.plot(
-                range(1, len(curve) + 1),
-                [max(v, 1e-7) for v in curve],
-                style,
-                color=colour,
-                lw=1.2,
-                label=name,
-            )
+        for name, (colour, style) in styles.items():
+            points = [max(v, 1e-7) for v in curves[f"{place}, {name}"]]
+            rounds = range(1, len(points) + 1)
+            panel.plot(rounds, points, style, color=colour, lw=1.2, label=name)
         panel.set(title=place, yscale="log")
         panel.spines[["top", "right"]].set_visible(False)
     for panel in panels[1]:
         panel.set_xlabel("round")
     for panel in panels[:, 0]:
         panel.set_ylabel(f"share of energy beyond rank {SMALL}")
-    panels[0, 0].legend(frameon=False)
-    figure.savefig(path)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -237,3 +238,35 @@ def test_every_shipped_comparison_is_checked(name):
     comparison = load_comparison(name)
     assert len(arms(comparison)) >= 4
     assert comparing.arms(comparison)[0] == arms(comparison)[0]
+
+
+def test_the_documented_comparison_is_one(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/comparison.md").read_text(encoding="utf-8")
+    path = tmp_path / "documented.yaml"
+    path.write_text(page.split("```yaml\n")[1].split("```")[0])
+    comparison = load_comparison(path)
+    assert [str(arm) for arm in arms(comparison)] == [
+        "fedit/smallest", "flexlora/light", "flexlora-sgd/light"]  # fmt: skip
+
+
+def test_a_client_joins_late_another_falls_back_a_third_is_excluded(tmp_path, tiny_model_dir):
+    """Through a whole run: the ranks that clients really had, round by round."""
+    data = write_data(tmp_path / "data.jsonl", TASKS[:4])
+    config = settings(
+        tiny_model_dir,
+        data,
+        data={"unseen": {}},
+        lora={"r": 4, "changes": {1: {"double": 0}, 2: {"negate": 2}, 3: {"double": 3}}},
+        federation={"rounds": 3, "clients_per_round": 3},
+        evaluation={"every": 0, "metrics": ["loss"], "samples": 0},
+    )
+    (tmp_path / "late.yaml").write_text(yaml.safe_dump(config))
+    assert call("plan", tmp_path / "late.yaml") == 0
+    assert call("run", tmp_path / "late.yaml", "--output_dir", tmp_path / "run") == 0
+    rounds = [m["clients"] for m in read_metrics(tmp_path / "run") if m["kind"] == "round"]
+    assert "double" not in rounds[0] | rounds[1]
+    assert rounds[0]["negate"]["ranks"] == [4]
+    assert rounds[1]["negate"]["ranks"] == [2]
+    assert rounds[2].get("double", {"ranks": [3]})["ranks"] == [3]
+    words = ["--lora.changes", "{2: {negate: 5}}", "--output_dir", tmp_path / "no"]
+    assert call("run", tmp_path / "late.yaml", *words) == 2

@@ -30,7 +30,7 @@ def _method(factory: Callable[..., Method]) -> dict[str, Any]:
     required = [
         p.name for p in inspect.signature(factory).parameters.values() if p.default is p.empty
     ]
-    about: dict[str, Any] = {"settings": settings, "wraps": "of" in required}
+    about: dict[str, Any] = {"settings": settings, "wraps": "of" in settings}
     if set(required) <= {"of"}:
         # what is true of a wrapper is told around FedIT, whose basis every one of them can take
         method = factory(**dict.fromkeys(required, make("fedit")))
