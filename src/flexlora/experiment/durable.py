@@ -117,7 +117,7 @@ def fingerprint(state: ServerState) -> str:
     found = hashlib.sha256(json.dumps(rest).encode())
     for name in sorted(tensors):
         found.update(name.encode())
-        found.update(tensors[name].cpu().view(torch.uint8).numpy().tobytes())
+        found.update(tensors[name].cpu().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

@@ -196,7 +196,7 @@ def digest(terms: Mapping[str, Term]) -> str:
         scaling = term.scaling if isinstance(term, LowRank) else 1.0
         found.update(f"{module} {[(*x.shape, x.dtype) for x in parts]} {scaling!r}".encode())
         for x in parts:
-            found.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            found.update(x.detach().cpu().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
