@@ -64,7 +64,7 @@ def summarise(comparison: Comparison, chosen: Chosen, refused: Mapping[str, str]
             counts["seeds"], counts["clients"], seen_spread, max(len(found), 1), comparison.alpha
         ),
         "equal_bytes": {
-            "budget": byte_budget(chosen),
+            "budget": byte_budget(chosen, group, "loss"),
             "means": {str(a): v for a, v in at_equal_bytes(chosen, group, "loss").items()},
         },
         "equal_memory": {

@@ -9,7 +9,14 @@ from statistics import fmean, stdev
 from typing import Any
 
 from flexlora.experiment.compare.grid import Arm, Comparison
-from flexlora.experiment.compare.results import BETTER_LOW, Result, at_bytes, categories, final
+from flexlora.experiment.compare.results import (
+    BETTER_LOW,
+    Result,
+    at_bytes,
+    categories,
+    curve,
+    final,
+)
 from flexlora.experiment.compare.statistics import Effect, Scores, effect, holm
 
 Chosen = Mapping[Arm, Mapping[int, Result]]
@@ -98,15 +105,18 @@ def in_words(
     return f"not settled: {span}"
 
 
-def byte_budget(chosen: Chosen) -> int:
-    """What the thriftiest arm uploads in all: every other one is cut there."""
-    used = [r.about["bytes_up"] for seeds in chosen.values() for r in seeds.values()]
-    return min((b for b in used if b), default=0)
+def byte_budget(chosen: Chosen, group: str, metric: str) -> int:
+    """What the thriftiest arm uploads in all, or what every arm needs for its first evaluation."""
+    federated = [r for cells in chosen.values() for r in cells.values() if not r.about["bound"]]
+    first = [
+        next((p.bytes_up for p in curve(r.metrics, group, metric) if p.round), 0) for r in federated
+    ]
+    return max([min((r.about["bytes_up"] for r in federated), default=0), *first])
 
 
 def at_equal_bytes(chosen: Chosen, group: str, metric: str) -> dict[Arm, float]:
     """Mean score of each arm at the common budget of uploaded bytes, on the `eval` split."""
-    budget, found = byte_budget(chosen), dict[Arm, float]()
+    budget, found = byte_budget(chosen, group, metric), dict[Arm, float]()
     for arm, cells in chosen.items():
         read = table(cells, lambda r: at_bytes(r, budget, group, metric))
         if read and not any(r.about["bound"] for r in cells.values()):
@@ -115,17 +125,21 @@ def at_equal_bytes(chosen: Chosen, group: str, metric: str) -> dict[Arm, float]:
 
 
 def at_equal_memory(chosen: Chosen, means: Mapping[Arm, float], metric: str) -> dict[int, Arm]:
-    """Peak client memory, in bytes -> the arm with the best mean that needs no more than that."""
+    """Peak client memory, in bytes -> the arm with the best mean that needs no more than that.
+
+    Only memories at which another arm becomes the best.
+    """
     need = {
         arm: max(r.peak_bytes for r in cells.values())
         for arm, cells in chosen.items()
         if arm in means and not any(r.about["bound"] for r in cells.values())
     }
-    pick = min if metric in BETTER_LOW else max
-    return {
-        budget: pick((a for a, b in need.items() if b <= budget), key=lambda a: means[a])
-        for budget in sorted(set(need.values()))
-    }
+    pick, found = min if metric in BETTER_LOW else max, dict[int, Arm]()
+    for budget in sorted(set(need.values())):
+        best = pick((a for a, b in need.items() if b <= budget), key=lambda a: means[a])
+        if best not in found.values():
+            found[budget] = best
+    return found
 
 
 def spread(chosen: Chosen, reading: Reading) -> tuple[float, float] | None:
