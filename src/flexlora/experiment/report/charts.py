@@ -104,7 +104,9 @@ def _svg(
     }
     with matplotlib.rc_context(settings):
         beside = legend > 6
-        figure, axes = plt.subplots(figsize=(7.6 if beside else 5.2, height), layout="constrained")
+        figure, axes = plt.subplots(
+            figsize=(7.6 if beside else 5.2, max(height, 0.2 * legend + 0.5)), layout="constrained"
+        )
         draw(axes)
         axes.set_xlabel(x)
         axes.set_ylabel(y)

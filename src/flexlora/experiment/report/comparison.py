@@ -108,7 +108,7 @@ def learning(cells: Cells, group: str) -> str:
 
 
 def by_category(cells: Cells, group: str, most: int = 12) -> str:
-    """A table: loss removed from the base model's, categories down, arms across."""
+    """A table: loss removed from the base model's, arms down, categories across."""
     gains: dict[str, dict[str, list[float]]] = {}
     for arm, results in cells.items():
         for r in results:
@@ -120,14 +120,15 @@ def by_category(cells: Cells, group: str, most: int = 12) -> str:
                 if "loss" in old[c] and "loss" in new[c]:
                     gain = old[c]["loss"] - new[c]["loss"]
                     gains.setdefault(c, {}).setdefault(arm, []).append(gain)
-    arms = [arm for arm in cells if any(arm in row for row in gains.values())]
+    shown = sorted(gains)[:most]
     rows = [
-        [c, *(f"{fmean(row[a]):+.3f}" if a in row else "-" for a in arms)]
-        for c, row in sorted(gains.items())[:most]
+        [arm, *(f"{fmean(gains[c][arm]):+.3f}" if arm in gains[c] else "-" for c in shown)]
+        for arm in cells
+        if any(arm in row for row in gains.values())
     ]
     note = "Answer loss removed (nats per token), test split, mean over seeds."
     more = f" The first {most} of {len(gains)} categories." if len(gains) > most else ""
-    return table(["category", *arms], rows) + paragraph(note + more) if rows else ""
+    return table(["arm", *shown], rows) + paragraph(note + more) if rows else ""
 
 
 def spectra(cells: Cells) -> str:
