@@ -8,7 +8,9 @@ initial factors, AdamW and clipping, from the same base object: ours together, t
 client after another (a PEFT model, transformers' Trainer, padding to the longest of a micro-batch).
 First the float32 factors are compared, then times are printed. Tokens are the examples' own,
 padding excluded, on both sides; ours computes what examples of a client have in common at the start
-once, and counts it each time. The last line of stdout is one JSON object.
+once, and counts it each time. On a busy machine look at the ratio of CPU times, with
+OMP_NUM_THREADS=1: threads that wait for each other spin. The last line of stdout is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ class Measured:
     """One way of doing the work."""
 
     seconds: float
+    cpu_seconds: float
     tokens: int
     memory: int
     adapters: dict[str, dict[str, LowRank]]
@@ -211,15 +214,15 @@ def measured(action: Callable[[], Sequence[Update]], base: Base) -> Measured:
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before does not hide what is used
     peak = Peak(base)
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     with peak:
         updates = action()
-    seconds = time.perf_counter() - began
+    seconds, worked = time.perf_counter() - began, time.process_time() - worked
     tokens = int(sum(u.metrics["tokens"] for u in updates))
     loss = sum(u.metrics["loss"] for u in updates) / len(updates)
     adapters = {u.client: dict(u.adapter) for u in updates}
     print(f"  {seconds:.1f} s, {tokens} tokens, mean loss {loss:.4f}", flush=True)
-    return Measured(seconds, tokens, peak.bytes, adapters, loss)
+    return Measured(seconds, worked, tokens, peak.bytes, adapters, loss)
 
 
 class Peak:
@@ -292,10 +295,12 @@ def report(
         ("together, float32", ours32),
         (f"together, {str(base.dtype).removeprefix('torch.')} base", ours),
     ]
-    print(f"\n{'':32}{'tokens/s':>10}{'speedup':>9}{'peak above base':>17}{'loss':>9}")
+    head = f"{'tokens/s':>10}{'speedup':>9}{'in CPU time':>13}{'peak above base':>17}{'loss':>9}"
+    print(f"\n{'':32}{head}")
     for name, m in rows:
-        speedup = m.speed / peer.speed
-        print(f"{name:32}{m.speed:10.0f}{speedup:9.2f}{m.memory / 1e6:14.0f} MB{m.loss:9.4f}")
+        wall, work = m.speed / peer.speed, peer.cpu_seconds / m.cpu_seconds
+        memory = f"{m.memory / 1e6:14.0f} MB"
+        print(f"{name:32}{m.speed:10.0f}{wall:9.2f}{work:13.2f}{memory}{m.loss:9.4f}")
     print(f"one client alone, float32: peak {one.memory / 1e6:.0f} MB above the base")
     print(f"factors, gradients and moments of all: {16 * numbers / 1e6:.0f} MB")
     print(f"float32 adapters differ by at most {gap:.1e} relative")
@@ -306,6 +311,8 @@ def report(
         "peer_tokens_per_second": peer.speed,
         "speedup": ours.speed / peer.speed,
         "speedup_float32": ours32.speed / peer.speed,
+        "speedup_cpu_time": peer.cpu_seconds / ours.cpu_seconds,
+        "speedup_float32_cpu_time": peer.cpu_seconds / ours32.cpu_seconds,
         "padding_share": padding,
         "shared_share": shared,
         "peak_memory_bytes": ours.memory,
