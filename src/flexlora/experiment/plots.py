@@ -12,14 +12,18 @@ COLOURS = {"seen": "#1f6f8b", "unseen": "#d1603d"}
 
 
 def curves(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Group of clients -> `(round, mean answer loss)` of every evaluation of the global model."""
+    """Group of clients -> `(round, mean answer loss)` of the global model, all on one split.
+
+    That is the split measured on the way, or the test split of a run measured at its ends only.
+    """
+    lines = [m for m in metrics if m["kind"] == "evaluation" and m["view"] == "global"]
+    split = "eval" if any(m["split"] == "eval" for m in lines) else "test"
     found: dict[str, list[tuple[int, float]]] = {}
-    for line in metrics:
-        if line["kind"] == "evaluation" and line["view"] == "global":
-            for group in ("seen", "unseen"):
-                loss = line.get(group, {}).get("mean", {}).get("loss")
-                if loss is not None:
-                    found.setdefault(group, []).append((line["round"], loss))
+    for line in lines:
+        for group in ("seen", "unseen"):
+            loss = line.get(group, {}).get("mean", {}).get("loss")
+            if line["split"] == split and loss is not None:
+                found.setdefault(group, []).append((line["round"], loss))
     return found
 
 
