@@ -35,7 +35,7 @@ class Options:
     direction_tolerance: float = 0.05
     dtype: torch.dtype | None = None
     device: torch.device | None = None
-    cache_bytes: int = 2**26
+    cache_bytes: int = 2**25
 
 
 DEFAULT = Options()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -66,6 +66,10 @@ class Block(NamedTuple):
     f: Float[Tensor, "modules rank 1"]
 
 
+Room = tuple[Tensor, Tensor]
+"""Memory for the `B` and `A` of a block."""
+
+
 @dataclass(frozen=True)
 class Sum:
     """`sum_k w_k s_k B_k A_k / scale` per module, applied in `2 R (d_out + d_in)` FLOPs a column.
@@ -78,7 +82,7 @@ class Sum:
     Attributes:
         modules: per module its terms; the k-th terms of all modules have one rank.
         f: `(modules, terms)` coefficients after scaling.
-        shrink: `(modules, terms, 2)` powers of two that `B` and `A` are divided by when loaded.
+        shrink: per module and term, powers of two that `B` and `A` are divided by when loaded.
         scale: per module.
         dtype: of the arithmetic.
         device: of the arithmetic.
@@ -88,7 +92,7 @@ class Sum:
 
     modules: Sequence[Sequence[LowRank]]
     f: Float[Tensor, "modules terms"]
-    shrink: Float[Tensor, "modules terms 2"]
+    shrink: Sequence[Sequence[tuple[float, float]]]
     scale: Float[Tensor, " modules"]
     dtype: torch.dtype
     device: torch.device
@@ -111,9 +115,20 @@ class Sum:
         return self.f.new_empty(0)
 
     def blocks(self) -> Iterator[Block]:
-        """The terms, block by block, in their order."""
+        """The terms, block by block, in their order; a block holds until the next one is asked for.
+
+        Casts go to one buffer for the whole pass: fresh memory for each would cost more than they.
+        """
+        room: Room | None = None
         for i, group in enumerate(self.groups):
-            yield self.kept[i] if i in self.kept else self._load(group)
+            if i in self.kept:
+                yield self.kept[i]
+            elif self.in_place(group):
+                term, f = self.modules[0][group[0]], self.f[:, group[0], None, None]
+                yield Block(term.B[None], term.A[None], f.expand(1, term.rank, 1))
+            else:
+                room = room or self.room(max(map(self.ranks, self.groups)))
+                yield self.load(group, room)
 
     def apply(self, X: Float[Tensor, "modules d_in k"]) -> Float[Tensor, "modules d_out k"]:
         """`D X = sum_k B_k (f_k (A_k X))`."""
@@ -138,26 +153,45 @@ class Sum:
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All terms side by side, `(modules, d_out, R)` and `(modules, R, d_in)`."""
-        parts = [(B * f.mT, A) for B, A, f in self.blocks()]
-        return torch.cat([b for b, _ in parts], 2), torch.cat([a for _, a in parts], 1)
+        B, A, f = self.load(range(len(self.modules[0])), self.room(self.rank))
+        return B * f.mT, A
 
-    def _load(self, group: tuple[int, ...]) -> Block:
-        parts = [self._term(k) for k in group]
-        if len(parts) == 1:
-            return parts[0]
-        B, A, f = zip(*parts, strict=True)
-        return Block(torch.cat(B, 2), torch.cat(A, 1), torch.cat(f, 1))
+    def ranks(self, group: Sequence[int]) -> int:
+        """Sum of ranks of some terms."""
+        return sum(self.modules[0][k].rank for k in group)
 
-    def _term(self, k: int) -> Block:
-        terms = [module[k] for module in self.modules]
-        B = self._batch([t.B for t in terms], self.shrink[:, k, 0])
-        A = self._batch([t.A for t in terms], self.shrink[:, k, 1])
-        return Block(B, A, self.f[:, k, None, None].expand(-1, terms[0].rank, 1))
+    def in_place(self, group: Sequence[int]) -> bool:
+        """Whether a block can be used where it lies."""
+        if len(group) > 1 or len(self.modules) > 1:
+            return False
+        term = self.modules[0][group[0]]
+        return self.shrink[0][group[0]] == (1.0, 1.0) and all(
+            x.dtype == self.dtype and x.device == self.device for x in (term.B, term.A)
+        )
 
-    def _batch(self, factors: list[Tensor], shrink: Tensor) -> Tensor:
-        x = factors[0][None] if len(factors) == 1 else torch.stack(factors)
-        x = x.to(device=self.device, dtype=self.dtype)
-        return x if bool((shrink == 1).all()) else x / shrink.to(x)[:, None, None]
+    def room(self, rank: int) -> Room:
+        """Uninitialised memory for a block."""
+        count, d_out, d_in = self.shape
+        return self.f.new_empty(count, d_out, rank), self.f.new_empty(count, rank, d_in)
+
+    def load(self, group: Sequence[int], room: Room) -> Block:
+        """Cast and concatenate some terms into `room`."""
+        B, A = room
+        at = 0
+        for k in group:
+            here = slice(at, at + self.modules[0][k].rank)
+            for i, module in enumerate(self.modules):
+                for to, x, size in zip(
+                    (B[i, :, here], A[i, here]),
+                    (module[k].B, module[k].A),
+                    self.shrink[i][k],
+                    strict=True,
+                ):
+                    to.copy_(x) if size == 1.0 else torch.div(x.to(to), size, out=to)
+            at = here.stop
+        counts = torch.tensor([self.modules[0][k].rank for k in group], device=self.device)
+        f = self.f[:, list(group)].repeat_interleave(counts, 1)[..., None]
+        return Block(B[..., :at], A[:, :at], f)
 
 
 def weighted_sum(
@@ -193,7 +227,8 @@ def weighted_sum(
     scale = torch.where(top > 0, torch.exp2(top.clamp_min(5e-324).log2().floor()), 0.0)
     f = w * shrink.prod(2) / torch.where(scale > 0, scale, 1.0)[:, None]
     f = f.to(device=device, dtype=dtype)
-    bare = Sum(modules, f, shrink, scale, dtype, device, _groups(first), {})
+    divisors = [[(b, a) for b, a in terms] for terms in shrink.tolist()]
+    bare = Sum(modules, f, divisors, scale, dtype, device, _groups(first), {})
     return _keep(bare, cache_bytes)
 
 
@@ -228,19 +263,15 @@ def _groups(terms: Sequence[LowRank]) -> tuple[tuple[int, ...], ...]:
 def _keep(total: Sum, cache_bytes: int) -> Sum:
     """Load blocks that are copies, until `cache_bytes` of them are held."""
     kept, held = {}, 0
-    _, d_out, d_in = total.shape
+    count, d_out, d_in = total.shape
     for i, group in enumerate(total.groups):
-        terms = [m[k] for m in total.modules for k in group]
-        here = len(terms) == 1 and all(
-            x.dtype == total.dtype and x.device == total.device for x in (terms[0].B, terms[0].A)
-        )
-        if here and bool((total.shrink[:, group] == 1).all()):
-            continue
-        size = sum(t.rank for t in terms) * (d_out + d_in) * total.dtype.itemsize
-        if held + size > cache_bytes:
-            break
-        kept[i], held = total._load(group), held + size
-    return Sum(**{**total.__dict__, "kept": kept})
+        if not total.in_place(group):
+            rank = total.ranks(group)
+            held += count * rank * (d_out + d_in) * total.dtype.itemsize
+            if held > cache_bytes:
+                break
+            kept[i] = total.load(group, total.room(rank))
+    return replace(total, kept=kept)
 
 
 def _check(modules: Sequence[Sequence[LowRank]], weights: Sequence[float]) -> None:
