@@ -11,9 +11,12 @@ from bank_cases import base_of, trained_adapter
 
 from flexlora.adapter import LoraSpec
 from flexlora.data.task import Example, Task
-from flexlora.engines.embedded import Embedded, Prompting
+from flexlora.engines.embedded import Embedded, NothingFits, Prompting
+from flexlora.federation.admission import Refusal
+from flexlora.federation.state import Client, Payload, Update
 from flexlora.lowrank import LowRank
 from flexlora.training import evaluate as scoring
+from flexlora.training.client import LocalTraining
 from flexlora.training.evaluate import Scores, normalised, summary
 
 METRICS = ("loss", "rouge_l", "exact_match", "score", "rouge_l_teacher_forced")
@@ -94,8 +97,27 @@ def test_answers_that_cannot_fit_are_left_out_and_an_empty_client_says_so(
     some = Embedded(engine.base, tasks, prompting=Prompting(max_length=64))
     assert [e.output for e in some.encoded("long", "train")[0]] == ["ok"]
     rows.pop()
-    with pytest.raises(ValueError, match="no answer of its 1 examples"):
+    with pytest.raises(NothingFits, match="no answer of its 1 examples"):
         some.encoded("long", "train")
+
+
+def test_a_client_none_of_whose_answers_fits_stops_nobody(engine: Embedded) -> None:
+    """Its training is refused by itself; it has no scores, and a warning names it."""
+    rows, sizes = [Example("q", "", "a" * 80)], {"train": 1, "eval": 0, "test": 1}
+    tasks = {**population(), "long": Task("long", "long", "", sizes, lambda split: rows)}
+    some = Embedded(
+        engine.base, tasks, LocalTraining(max_steps=1), prompting=Prompting(max_length=64)
+    )
+    adapter = trained_adapter(engine.base, LoraSpec(2))
+    clients = {c: Client(c, LoraSpec(2), 1) for c in ("add", "long")}
+    payloads = [Payload(c, 1, engine.base.fingerprint, adapter) for c in clients]
+    answers = {a.client: a for a in some.train(payloads, clients)}
+    assert isinstance(answers["add"], Update)
+    assert isinstance(answers["long"], Refusal)
+    with pytest.warns(RuntimeWarning, match="'long'.*no answer"):
+        scores = some.evaluate({"add": adapter, "long": adapter}, metrics=METRICS)
+    assert scores["long"] == Scores({}, 0)
+    assert "loss" in scores["add"].values
 
 
 def test_summaries() -> None:

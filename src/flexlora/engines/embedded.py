@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +12,7 @@ from torch import Tensor
 from flexlora.adapter import Adapter
 from flexlora.data.task import Example, Population, Split
 from flexlora.data.templates import AnswerTooLong, Template, Tokens, encode
+from flexlora.federation.admission import Reason, Refusal
 from flexlora.federation.state import Client, Payload, Term, Update
 from flexlora.training import evaluate as scoring
 from flexlora.training.client import Job, LocalTraining, Progress, train
@@ -21,6 +23,10 @@ from flexlora.training.models import Base
 
 MOST_KNOWN = 10_000
 """Results of evaluations that are remembered: a client under an adapter each."""
+
+
+class NothingFits(ValueError):
+    """A client none of whose answers fits `max_length`."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +63,22 @@ class Embedded:
     _budget: list[Budget] = field(default_factory=list, init=False)
     _known: dict[tuple[object, ...], Scores] = field(default_factory=dict, init=False)
 
-    def train(self, payloads: Sequence[Payload], clients: Mapping[str, Client]) -> Iterator[Update]:
-        """Every client's local round, `group_size` at a time; updates as they are ready."""
-        sent = {p.client: p for p in payloads}
-        jobs = [
-            Job(clients[c], recall(self.kept, p), partial(self.training_tokens, c))
-            for c, p in sent.items()
-        ]
+    def train(
+        self, payloads: Sequence[Payload], clients: Mapping[str, Client]
+    ) -> Iterator[Update | Refusal]:
+        """Every client's local round, `group_size` at a time; updates as they are ready.
+
+        A client none of whose answers fits `max_length` is reported as failed.
+        """
+        sent, jobs = {p.client: p for p in payloads}, list[Job]()
+        for c, payload in sent.items():
+            try:
+                self.encoded(c, "train", limit=1)
+            except NothingFits as error:
+                yield Refusal(c, Reason.FAILED, str(error))
+            else:
+                load = partial(self.training_tokens, c)
+                jobs.append(Job(clients[c], recall(self.kept, payload), load))
         for update in train(self.base, jobs, self.training, self.seed, self.on_step, self.budget):
             yield remember(self.kept, sent[update.client], update)
 
@@ -102,7 +117,7 @@ class Embedded:
         """The examples of one split that fit, as text and as token ids.
 
         Raises:
-            ValueError: none of them fits `max_length`.
+            NothingFits: there are some, but none fits `max_length`.
         """
         p, kept, tokens = self.prompting, list[Example](), list[Tokens]()
         learn_prompt = p.train_on_prompt and split == "train"
@@ -119,7 +134,7 @@ class Embedded:
             kept.append(example)
             tokens.append(encoded)
         if examples and not kept:
-            raise ValueError(
+            raise NothingFits(
                 f"client {client!r}, split {split!r}: no answer of its {len(examples)} examples "
                 f"fits max_length {p.max_length}. Raise max_length or leave the client out."
             )
@@ -139,7 +154,8 @@ class Embedded:
 
         Clients that share a view must share the object. `max_examples` and `max_generated` bound
         the examples per client, the first ones, so that two evaluations see the same. What was
-        asked before of the same adapter is remembered.
+        asked before of the same adapter is remembered. A client none of whose answers fits
+        `max_length` has no scores, and a warning names it.
         """
         frozen = {module: (term,) for module, term in (patch or {}).items()}
         asked = (split, frozenset(metrics), max_examples, max_generated, max_new_tokens)
@@ -150,7 +166,11 @@ class Embedded:
         for client, adapter in views.items():
             if keys[client] in self._known:
                 continue
-            examples, tokens = self.encoded(client, split, max_examples)
+            try:
+                examples, tokens = self.encoded(client, split, max_examples)
+            except NothingFits as error:
+                warnings.warn(f"Without scores: {error}", RuntimeWarning, stacklevel=2)
+                examples, tokens = [], []
             score = self.population[client].score
             exams[client] = Exam(adapter, examples, tokens, frozen, score, max_generated)
         budget = 2 * self.budget.tokens  # nothing is kept for a backward

@@ -20,10 +20,11 @@ from flexlora.experiment import runs
 from flexlora.experiment.build import Experiment
 from flexlora.experiment.checkpoints import flush
 from flexlora.experiment.console import Clock
-from flexlora.experiment.errors import RUN, blame
+from flexlora.experiment.errors import DATA, RUN, Failure, blame
 from flexlora.experiment.evaluation import CLIENTS_AT_ONCE, ask, note, sample, table
 from flexlora.experiment.summary import describe, summarise
 from flexlora.experiment.workshop import Workshop
+from flexlora.federation.admission import Refusal
 from flexlora.federation.ranks import Ranks
 from flexlora.federation.run import Schedule
 from flexlora.federation.state import Client, ServerState, Update, ranks_of
@@ -82,7 +83,7 @@ def alone(shop: Workshop, state: ServerState, clock: Clock) -> dict[str, Any]:
     that is how such a run is resumed. Unseen clients have no model of their own.
 
     Raises:
-        Failure: the disk is full or not writable.
+        Failure: a client that cannot train, or the disk is full or not writable.
     """
     e, root, console = shop.experiment, shop.folder / "adapters" / "clients", shop.console
     folders = {c: root / quote(c, safe="") for c in e.clients}
@@ -91,6 +92,8 @@ def alone(shop: Workshop, state: ServerState, clock: Clock) -> dict[str, Any]:
     for some in batched(left, e.schedule.cohort_size):
         payloads = [e.method.downlink(state, e.clients[c]) for c in some]
         for update in engine.train(payloads, {c: e.clients[c] for c in some}):
+            if isinstance(update, Refusal):
+                raise Failure(f"training: {update.message}", DATA)
             left.remove(update.client)
             keep(update, folders[update.client], shop.base.name)
             loss = update.metrics["loss"]

@@ -26,7 +26,7 @@ from flexlora.engines.flower.answers import encode_update
 from flexlora.engines.flower.messages import Parcel
 from flexlora.engines.flower.replay import recall, remember
 from flexlora.engines.flower.wire import VERSION, decode_payload, digest
-from flexlora.federation.admission import Reason
+from flexlora.federation.admission import Reason, Refusal
 from flexlora.federation.state import Client, Payload, Update
 from flexlora.training.client import LocalTraining
 from flexlora.training.memory import BYTES_PER_TRAINED_NUMBER, free_memory
@@ -157,6 +157,8 @@ def fitted(engine: Embedded, payload: Payload, client: Client) -> Update:
     while True:
         try:
             update = next(iter(engine.train([tried], {client.id: client})))
+            if isinstance(update, Refusal):
+                raise ValueError(update.message)
             return replace(update, reduced=tried is not payload)
         except (MemoryError, RuntimeError) as error:
             rank = max(d.rank for d in tried.adapter.values())
