@@ -149,7 +149,7 @@ def export(
 def compare(
     ctx: typer.Context,
     recipe: Annotated[
-        str, typer.Argument(help="A YAML file, or a shipped recipe such as compare-quick.")
+        str, typer.Argument(help="A YAML file, or a shipped recipe such as compare-ranks-cpu.")
     ],
     format: As = Format.text,
 ) -> None:
