@@ -156,23 +156,30 @@ class Embedded:
         the examples per client, the first ones, so that two evaluations see the same. What was
         asked before of the same adapter is remembered. A client none of whose answers fits
         `max_length` has no scores, and a warning names it.
+
+        Raises:
+            NothingFits: that is so of every client asked.
         """
         frozen = {module: (term,) for module, term in (patch or {}).items()}
         asked = (split, frozenset(metrics), max_examples, max_generated, max_new_tokens)
         patched = digest(patch or {})
         models = {id(view): digest(view) for view in views.values()}
         keys = {c: (c, models[id(view)], patched, *asked) for c, view in views.items()}
-        exams = {}
+        exams, unfit = dict[str, Exam](), list[NothingFits]()
         for client, adapter in views.items():
             if keys[client] in self._known:
                 continue
             try:
                 examples, tokens = self.encoded(client, split, max_examples)
             except NothingFits as error:
-                warnings.warn(f"Without scores: {error}", RuntimeWarning, stacklevel=2)
+                unfit.append(error)
                 examples, tokens = [], []
             score = self.population[client].score
             exams[client] = Exam(adapter, examples, tokens, frozen, score, max_generated)
+        if unfit and len(unfit) == len(views):
+            raise unfit[0]
+        for nothing in unfit:
+            warnings.warn(f"Without scores: {nothing}", RuntimeWarning, stacklevel=2)
         budget = 2 * self.budget.tokens  # nothing is kept for a backward
         found = scoring.evaluate(self.base, exams, metrics, budget, max_new_tokens)
         if len(self._known) > MOST_KNOWN:
