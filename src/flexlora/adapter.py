@@ -180,24 +180,25 @@ def save_peft(
 
     `r = lora_alpha = rank`, no rsLoRA, no rank or alpha patterns: several servers of adapters
     ignore patterns silently. A product of higher rank is truncated by SVD, one of lower rank is
-    padded with zero columns of `B`.
+    padded with zero columns of `B`; so is a module too small for the rank that others need.
 
     Args:
         adapter: the products to write.
         folder: made if absent; existing adapter files are replaced.
-        rank: of every module; by default the largest rank in the adapter.
+        rank: of every module; by default the largest that a product in the adapter can have.
         base_model: written as `base_model_name_or_path`.
         seed: of the rows that pad a module of lower rank.
 
     Raises:
-        ValueError: no module, or a rank above what a module's shape allows.
+        ValueError: no module, or a rank above what any module's shape allows.
     """
     if not adapter:
         raise ValueError("save_peft: the adapter has no modules.")
-    rank = rank or max(d.rank for d in adapter.values())
-    uniform = {
-        m: svd(d, rank, seed) if d.rank != rank else d.rescaled(1.0) for m, d in adapter.items()
-    }
+    largest = max(min(d.shape) for d in adapter.values())
+    rank = rank or min(max(d.rank for d in adapter.values()), largest)
+    if rank > largest:
+        raise ValueError(f"save_peft: rank {rank}; no module here can have more than {largest}.")
+    uniform = {m: _at_rank(d, rank, seed) for m, d in adapter.items()}
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {PEFT_PREFIX + k: v.float() for k, v in to_tensors(uniform).items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -221,6 +222,16 @@ def save_peft(
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return folder
+
+
+def _at_rank(d: LowRank, rank: int, seed: int) -> LowRank:
+    """The best product of `rank` rows, zero ones beyond what the shape allows; scaling 1."""
+    if d.rank == rank:
+        return d.rescaled(1.0)
+    best = svd(d, min(rank, *d.shape), seed)
+    room = rank - best.rank
+    pad = torch.nn.functional.pad
+    return LowRank(pad(best.B, (0, room)), pad(best.A, (0, 0, 0, room))) if room else best
 
 
 def load_peft(folder: Path) -> dict[str, LowRank]:
