@@ -80,15 +80,17 @@ class Triples:
 def missing(halfway: list[Tensor], past: list[Tensor]) -> Tensor:
     """What is missing from each squared singular value, from the last increments.
 
-    `past` are the values after each step, `halfway` those of the same subspaces half a step before:
-    the increment of the one over that of the other is the rate of convergence per half step. One
-    rate for all of a module, of the sums of relative increments: single ones are too noisy.
+    `past` are the values after each step, up to three; `halfway` those half a step before the first
+    two. The rate of convergence is that of the last two increments, or, after only two steps, the
+    square of the last increment over that half a step before. One rate for all of a module, of the
+    sums of relative increments: single ones are too noisy.
     """
     if len(past) < 2:
         return torch.full_like(past[-1], torch.inf)
     size = past[-1].clamp_min(1e-300)
-    last = (past[-1] - past[-2]).clamp_min(0)
-    before = ((halfway[-1] - halfway[-2]).clamp_min(0) / size).sum(1, keepdim=True)
-    rate = (last / size).sum(1, keepdim=True) / before.clamp_min(1e-300)
-    rate = rate.square().clamp(0, LARGEST_RATIO)
+    earlier = past[:2] if len(past) > 2 else halfway
+    last, before = ((new - old).clamp_min(0) for old, new in (past[-2:], earlier))
+    rate = (last / size).sum(1, keepdim=True)
+    rate = rate / (before / size).sum(1, keepdim=True).clamp_min(1e-300)
+    rate = (rate if len(past) > 2 else rate.square()).clamp(0, LARGEST_RATIO)
     return SAFETY * last * rate / (1 - rate)

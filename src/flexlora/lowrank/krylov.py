@@ -14,7 +14,7 @@ from flexlora.lowrank.operators import Operator
 PROBES = 8
 """Gaussian columns that measure the energy outside the subspace (seen by nothing else)."""
 
-LARGEST_BLOCK = 64
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 64
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Subspace:
 
 
 def block_size(rank: int) -> int:
-    """Columns per step: a third of the rank, a multiple of 8, up to 64.
+    """Columns per step: a third of the rank, a multiple of 8, 16 to 64.
 
     Small blocks need fewer products for the same accuracy, large ones run faster; 64 columns reach
     four fifths of the machine's speed.
     """
-    return min(LARGEST_BLOCK, max(8, -(-rank // 24) * 8))
+    return min(LARGEST_BLOCK, max(SMALLEST_BLOCK, -(-rank // 24) * 8))
 
 
 def expected_width(rank: int, limit: int) -> int:
@@ -132,8 +132,9 @@ def block_krylov(
         X = space.newest
         if space.width >= rank:
             squares = space.squares(space.V.shape[2])
-            past = [*past[-1:], squares[:, :rank]]
-            halfway = [*halfway[-1:], space.squares(space.V.shape[2] - space.new)[:, :rank]]
+            past = [*past[-2:], squares[:, :rank]]
+            if len(past) < 3:  # later on whole steps say as much, and eigenvalues are dear
+                halfway += [space.squares(space.V.shape[2] - space.new)[:, :rank]]
             gain = torch.zeros_like(past[-1]) if space.complete else missing(halfway, past)
             rest = seen - space.U @ (space.U.mT @ seen)
             outside = rest.double().square().sum((1, 2)) / PROBES
@@ -171,9 +172,11 @@ def extend(
     """
     first = basis.mT @ Y
     rest = Y - basis @ first
+    again = basis.mT @ rest  # "twice is enough" (Kahan) where something new remains
+    first, rest = first + again, rest - basis @ again
     Q, _ = torch.linalg.qr(rest[..., : basis.shape[1] - basis.shape[2]])
     close = 10 * torch.finfo(Y.dtype).eps
-    for _ in range(3):  # "twice is enough" (Kahan) where something new remains; else once more
+    for _ in range(3):  # more where nothing does
         slant = basis.mT @ Q
         if not slant.numel() or float(slant.abs().amax()) <= close:
             break

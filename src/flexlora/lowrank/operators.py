@@ -211,7 +211,7 @@ def weighted_sum(
     first = modules[0]
     dtype = dtype or _widest(first)
     device = device or first[0].B.device
-    peaks = torch.stack([torch.stack([_peaks(t) for t in terms]) for terms in modules]).cpu()
+    peaks = torch.stack([_peaks(terms) for terms in modules])
     if not bool(peaks.isfinite().all()):
         module, term = (~peaks.isfinite()).any(2).nonzero()[0].tolist()
         raise ValueError(
@@ -239,10 +239,10 @@ def _widest(terms: Sequence[LowRank]) -> torch.dtype:
     return dtype
 
 
-def _peaks(term: LowRank) -> Tensor:
-    ends = [e.double().abs() for x in (term.B, term.A) for e in torch.aminmax(x)]
-    peak_b, peak_a = torch.maximum(ends[0], ends[1]), torch.maximum(ends[2], ends[3])
-    return torch.stack([peak_b, peak_a])
+def _peaks(terms: Sequence[LowRank]) -> Float[Tensor, "terms 2"]:
+    """Largest magnitude of every `B` and `A`, float64, on the CPU; NaN where there is one."""
+    ends = torch.stack([e for t in terms for x in (t.B, t.A) for e in torch.aminmax(x)])
+    return ends.cpu().double().abs().view(len(terms), 2, 2).amax(2)
 
 
 def _groups(terms: Sequence[LowRank]) -> tuple[tuple[int, ...], ...]:
