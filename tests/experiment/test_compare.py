@@ -13,10 +13,11 @@ import yaml
 from experiment.small import settings, write_data
 
 from flexlora import cli
+from flexlora.experiment.compare import cells
 from flexlora.experiment.compare import run as comparing
 from flexlora.experiment.compare.grid import arms, configure, load_comparison
 from flexlora.experiment.compare.results import read_cells
-from flexlora.experiment.errors import Failure
+from flexlora.experiment.errors import RUN, Failure
 from flexlora.experiment.load import comparisons
 from flexlora.experiment.runs import read_metrics
 
@@ -137,6 +138,27 @@ def test_a_grown_grid_runs_only_what_is_new(tmp_path, tiny_model_dir, monkeypatc
     assert len(loads) == 1
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert len(read_cells(out)) == 6
+
+
+def test_a_cell_that_stops_leaves_the_others(tmp_path, tiny_model_dir, monkeypatch, capsys):
+    path = write(tmp_path, tiny_model_dir)
+    real = cells.start
+
+    def stop(config, name, *more):
+        if name.startswith("flexlora_homogeneous"):
+            raise Failure("writing: the disk is full", RUN)
+        return real(config, name, *more)
+
+    monkeypatch.setattr(cells, "start", stop)
+    words = ("compare", path, "--output_dir", tmp_path / "out", "--format", "json")
+    assert call(*words) == 0
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert "under seed 0: writing: the disk" in found["refused"]["flexlora/homogeneous"]
+    assert [row["arm"] for row in found["arms"]] == ["flexlora/tail", "fedit/homogeneous"]
+    monkeypatch.undo()
+    assert call(*words) == 0  # the same command tries it again
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert "flexlora/homogeneous" in [row["arm"] for row in found["arms"]]
 
 
 def test_other_settings_are_refused(tmp_path, tiny_model_dir, done, capsys):

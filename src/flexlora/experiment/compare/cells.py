@@ -37,10 +37,9 @@ def run_cell(cell: Cell, export_rank: int | None, console: Console, like: Worksh
     """Start a cell, take it up where it was stopped, or find it done.
 
     Raises:
-        Failure: its directory was made with other settings, or the run cannot go on.
+        Failure: the run cannot go on.
     """
     folder = Path(cell.config.output_dir or "")
-    insist(folder, cell.config)
     if (folder / ABOUT).is_file():
         return
     console.say(f"\n== {cell.name}")

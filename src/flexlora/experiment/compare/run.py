@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from flexlora.experiment import runs
-from flexlora.experiment.compare.cells import ABOUT, open_first, run_cell
+from flexlora.experiment.compare.cells import ABOUT, insist, open_first, run_cell
 from flexlora.experiment.compare.grid import Arm, Cell, Comparison, arms, configure, placed
 from flexlora.experiment.compare.results import Result, chosen, read_cell, tuned
 from flexlora.experiment.compare.statistics import smallest_detectable, too_few
@@ -48,16 +48,13 @@ def compare(comparison: Comparison, folder: Path, console: Console) -> dict[str,
     claim(folder, comparison)
     admitted = [cell.arm for name, cell in firsts.items() if name not in refused]
     console.say(outlook(comparison, shop, len(admitted)))
-    rates = tune(comparison, admitted, folder, console, shop)
+    rates = tune(comparison, admitted, folder, console, shop, refused)
     found: dict[str, Any] = {}
     for seed in comparison.seeds:
-        for arm in admitted:
-            run_cell(
-                one(comparison, arm, seed, rates[arm], folder),
-                comparison.export_rank,
-                console,
-                shop,
-            )
+        for arm in [arm for arm in rates if str(arm) not in refused]:  # whole or not at all
+            cell = one(comparison, arm, seed, rates[arm], folder)
+            if why := attempt(cell, comparison.export_rank, console, shop):
+                refused[str(arm)] = why
         found = write_tables(comparison, folder, refused, rates)
     console.rest()
     console.say((folder / "comparison.md").read_text(encoding="utf-8"))
@@ -108,15 +105,37 @@ def outlook(comparison: Comparison, shop: Workshop, count: int) -> str:
     )
 
 
+def attempt(cell: Cell, export_rank: int | None, console: Console, shop: Workshop) -> str:
+    """Run a cell; why it stopped, or nothing. The others go on: the same command tries it again.
+
+    Raises:
+        Failure: its directory was made with other settings.
+    """
+    insist(Path(str(cell.config.output_dir)), cell.config)
+    try:
+        run_cell(cell, export_rank, console, shop)
+    except Failure as failure:
+        console.say(f"{cell.name} stopped: {failure}")
+        return f"stopped under seed {cell.seed}: {failure}"
+    return ""
+
+
 def tune(
-    comparison: Comparison, admitted: Sequence[Arm], folder: Path, console: Console, shop: Workshop
+    comparison: Comparison,
+    admitted: Sequence[Arm],
+    folder: Path,
+    console: Console,
+    shop: Workshop,
+    refused: dict[str, str],
 ) -> dict[Arm, float]:
     """Run every learning rate of the grid under the first seed; the rate of each arm.
+
+    An arm that none of them carries to the end joins those refused.
 
     Raises:
         Failure: rates to choose from and no evaluation on the way to choose by.
     """
-    seed, results = comparison.seeds[0], list[Result]()
+    seed, results, stopped = comparison.seeds[0], list[Result](), dict[str, str]()
     firsts = {arm: configure(comparison, arm, seed, None) for arm in admitted}
     if len(comparison.learning_rates) > 1 and not shop.experiment.config.evaluation.every:
         raise Failure("learning_rates: choosing one takes run.evaluation.every above 0.", USAGE)
@@ -124,9 +143,14 @@ def tune(
         alone = firsts[arm].config.method.name == "local-only"  # nothing on the way to choose by
         for rate in [None] if alone else comparison.learning_rates or [None]:
             cell = one(comparison, arm, seed, rate, folder)
-            run_cell(cell, comparison.export_rank, console, shop)
-            results.append(read_cell(Path(str(cell.config.output_dir))))
-    return tuned(results, seed)
+            if why := attempt(cell, comparison.export_rank, console, shop):
+                stopped[str(arm)] = why
+            else:
+                results.append(read_cell(Path(str(cell.config.output_dir))))
+    rates = tuned(results, seed)
+    for name in [str(arm) for arm in admitted if arm not in rates]:
+        refused[name] = stopped.get(name, "the loss was no number at any learning rate")
+    return rates
 
 
 def finished(comparison: Comparison, folder: Path, rates: Mapping[Arm, float]) -> list[Result]:
@@ -140,6 +164,7 @@ def write_tables(
     comparison: Comparison, folder: Path, refused: Mapping[str, str], rates: Mapping[Arm, float]
 ) -> dict[str, Any]:
     """`comparison.json`, `.csv` and `.md` from the cells that are complete."""
+    rates = {arm: rate for arm, rate in rates.items() if str(arm) not in refused}
     done = chosen(finished(comparison, folder, rates), rates)
     found = summarise(comparison, done, refused)
     runs.write(folder / RESULT, json.dumps(found, indent=2))
