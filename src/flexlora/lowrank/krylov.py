@@ -18,25 +18,56 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 16, 64
 
 
 @dataclass(frozen=True)
+class Basis:
+    """Orthonormal columns, with room for more: memory that is not written yet costs nothing."""
+
+    room: Float[Tensor, "modules room d"]
+    width: int
+
+    @property
+    def columns(self) -> Float[Tensor, "modules d l"]:
+        """Those there are."""
+        return self.room[:, : self.width].mT
+
+    def with_(self, Q: Float[Tensor, "modules d q"]) -> Basis:
+        """More columns, written beside these."""
+        room, width = self.room, self.width + Q.shape[2]
+        if width > room.shape[1]:
+            room = torch.cat([room, torch.empty_like(room)], 1)
+        room[:, self.width : width] = Q.mT
+        return Basis(room, width)
+
+
+@dataclass(frozen=True)
 class Subspace:
     """Orthonormal bases grown so far, with `D^T U = V T` to rounding.
 
     Attributes:
-        U: `(modules, d_out, l)`.
-        V: `(modules, d_in, v)`; its last `new` columns have not been multiplied with `D` yet.
+        left: `U`, `(modules, d_out, l)`.
+        right: `V`, `(modules, d_in, v)`; the last `new` columns have not been multiplied with `D`.
         T: `(modules, v, l)`.
         new: width of the newest block of `V`.
     """
 
-    U: Float[Tensor, "modules d_out l"]
-    V: Float[Tensor, "modules d_in v"]
+    left: Basis
+    right: Basis
     T: Float[Tensor, "modules v l"]
     new: int
 
     @property
+    def U(self) -> Float[Tensor, "modules d_out l"]:
+        """The columns of `left`."""
+        return self.left.columns
+
+    @property
+    def V(self) -> Float[Tensor, "modules d_in v"]:
+        """The columns of `right`."""
+        return self.right.columns
+
+    @property
     def width(self) -> int:
         """`l`."""
-        return self.U.shape[2]
+        return self.left.width
 
     @property
     def complete(self) -> bool:
@@ -121,7 +152,9 @@ def block_krylov(
     eps = torch.finfo(X.dtype).eps
     scale = Y.norm(dim=(1, 2), keepdim=True) / (block * max(d_out, d_in)) ** 0.5
     noise = gaussian(max(d_out, d_in), block) * scale * eps
-    space = Subspace(X.new_zeros(modules, d_out, 0), X, X.new_zeros(modules, block, 0), block)
+    room = min(limit, 4 * (rank + block)) + block
+    left, right = (Basis(X.new_empty(modules, room, d), 0) for d in (d_out, d_in))
+    space = Subspace(left, right.with_(X), X.new_zeros(modules, block, 0), block)
     halfway: list[Tensor] = []
     past: list[Tensor] = []
     applies = block + PROBES
@@ -158,8 +191,7 @@ def grow(space: Subspace, Y: Tensor, D: Operator, noise: Tensor) -> Subspace:
     Z = D.apply_t(Q)
     P, C = extend(space.V, Z + noise[:, :d_in, : Z.shape[2]])
     T = torch.nn.functional.pad(space.T, (0, 0, 0, P.shape[2]))
-    U, V = torch.cat([space.U, Q], 2), torch.cat([space.V, P], 2)
-    return Subspace(U, V, torch.cat([T, C], 2), P.shape[2])
+    return Subspace(space.left.with_(Q), space.right.with_(P), torch.cat([T, C], 2), P.shape[2])
 
 
 def extend(
