@@ -140,6 +140,14 @@ def test_a_grown_grid_runs_only_what_is_new(tmp_path, tiny_model_dir, monkeypatc
     assert len(read_cells(out)) == 6
 
 
+def test_the_bounds_stand_beside_the_methods(tmp_path, tiny_model_dir):
+    bounds = {"flexlora": {}, "centralised": {}, "local-only": {}}
+    path = write(tmp_path, tiny_model_dir, methods=bounds, grid=[{"ranks": ["tail"]}])
+    assert call("compare", path, "--output_dir", tmp_path / "out", "--format", "json") == 0
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert {row["arm"] for row in found["arms"]} == {f"{name}/tail" for name in bounds}
+
+
 def test_a_cell_that_stops_leaves_the_others(tmp_path, tiny_model_dir, monkeypatch, capsys):
     path = write(tmp_path, tiny_model_dir)
     real = cells.start

@@ -11,6 +11,7 @@ from typing import Any
 
 from flexlora.adapter import num_parameters
 from flexlora.experiment import runs
+from flexlora.experiment.bounds import bounded
 from flexlora.experiment.build import BOUNDS, Experiment
 from flexlora.experiment.compare.grid import Cell
 from flexlora.experiment.config import Config
@@ -48,7 +49,7 @@ def run_cell(cell: Cell, export_rank: int | None, console: Console, like: Worksh
     else:
         shutil.rmtree(folder, ignore_errors=True)  # killed before it had a configuration
         start(cell.config, cell.name, console, like)
-    shop = open_workshop(cell.config, folder, console, like)
+    shop = bounded(open_workshop(cell.config, folder, console, like))
     runs.write(folder / ABOUT, json.dumps(about(cell, shop, export_rank)))
 
 
