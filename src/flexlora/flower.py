@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
+from flexlora.engines.flower.release import insist_on_flower
 
-from flexlora.engines.flower.client import make_client_app
-from flexlora.engines.flower.messages import Parcel
+insist_on_flower()  # its own errors would be about names it no longer has
+
+from flwr.app import Context  # noqa: E402
+from flwr.serverapp import Grid, ServerApp  # noqa: E402
+
+from flexlora.engines.flower.client import make_client_app  # noqa: E402
+from flexlora.engines.flower.messages import Parcel  # noqa: E402
 
 
 def answer(settings: Mapping[str, Any], kind: str, asked: Parcel) -> Parcel:

@@ -50,3 +50,14 @@ def test_a_method_that_keeps_nothing_passes_through() -> None:
     assert remember(kept, payload, update) is update
     assert recall(kept, payload) is payload
     assert not kept
+
+
+def test_a_kept_factor_follows_the_rank_that_is_sent() -> None:
+    """A client may have another rank next round: the head of what it kept, or zeros behind it."""
+    kept: Kept = {}
+    remember(kept, sent(1), trained(sent(1), 7.0))
+    for rank in (1, 2, 5):
+        adapter = {"q": LowRank(torch.zeros(3, rank), torch.ones(rank, 4), 0.5)}
+        B = recall(kept, Payload("a/b|c", 2, "base", adapter, keep="B")).adapter["q"].B
+        assert B.shape == (3, rank)
+        assert B.sum() == 7 * 3 * min(rank, 2)

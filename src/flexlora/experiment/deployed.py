@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flwr.serverapp import Grid
@@ -27,6 +28,7 @@ from flexlora.experiment.evaluation import table
 from flexlora.experiment.export import save_adapter
 from flexlora.experiment.plots import plot_loss
 from flexlora.experiment.summary import evaluation_line, round_line, summarise
+from flexlora.experiment.trackers import trackers
 from flexlora.federation.admission import Reason
 from flexlora.federation.limits import Limits
 from flexlora.federation.round import RoundRecord, Rules
@@ -49,19 +51,22 @@ def serve(grid: Grid, settings: Mapping[str, Any]) -> dict[str, Any]:
         server.console.say(f"{server.folder} is finished")
         return runs.read(server.folder / "summary.json")
     _wait(server)
-    clients_now(server)  # a round that was interrupted has its people already, not their nodes
     first = first_state(server)
     state, _ = durable.last_saved(server.folder, first)
+    clients_now(server, state.round + 1)  # an interrupted round has its people, not their nodes
     if state.round == 0 and server.config.evaluation.every:
         runs.cut_metrics(server.folder, 0)
         measure(server, first, base_model=True)
         durable.save(server.folder, first, Progress())
-    for after, record in rounds(server, first):
-        state = after
-        seconds = time.monotonic() - began
-        server.console.say(round_line(record, server.config.federation.rounds, seconds))
-        for refusal in record.refused:
-            server.console.say(f"  {refusal.client}: {refusal.reason.value}")
+    config = server.config
+    with trackers(config.report_to, server.folder, config.model_dump(mode="json")) as log:
+        for after, record in rounds(server, first):
+            state = after
+            log(record.to_json(), state.round)
+            seconds = time.monotonic() - began
+            server.console.say(round_line(record, config.federation.rounds, seconds))
+            for refusal in record.refused:
+                server.console.say(f"  {refusal.client}: {refusal.reason.value}")
     return finish(server, state, time.monotonic() - began)
 
 
@@ -73,14 +78,16 @@ def rounds(server: Server, first: ServerState) -> Iterator[tuple[ServerState, Ro
     )
 
     def invite(state: ServerState) -> Sequence[Client]:
-        clients = {c.id: c for c in clients_now(server)}
-        size = min(cohort_size(server.config, len(clients)), len(clients))
+        clients = {c.id: c for c in clients_now(server, state.round + 1)}
+        asked, there = federation.clients_per_round, len(clients)
+        # A number may be more than are connected now: then it is all of them.
+        size = min(asked, there) if isinstance(asked, int) else cohort_size(server.config, there)
         more = min(len(clients), round(size * (1 + server.terms.over_selection)))
         engine.enough = size
         chosen = cohort(federation.seed, state.round + 1, sorted(clients), more)
         return [clients[c] for c in chosen]
 
-    rules = Rules(Limits(lower_rank=True))
+    rules = Rules(Limits(lower_rank=server.method.mixed_ranks))
     played = durable.rounds(folder, server.method, first, invite, engine, federation.rounds, rules)
     for state, record in played:
         away = {Reason.OFFLINE, Reason.BASE, Reason.UNKNOWN_CLIENT}
@@ -91,11 +98,18 @@ def rounds(server: Server, first: ServerState) -> Iterator[tuple[ServerState, Ro
 
 
 def measure(server: Server, state: ServerState, base_model: bool = False) -> dict[str, Any]:
-    """Every connected client measures the global model on its own test split."""
-    clients, wanted = clients_now(server), server.config.evaluation
-    view = {} if base_model else server.method.view(state, None)
-    patch = {} if base_model else {m: (t,) for m, t in state.patch.items()}
-    payloads = [Payload(c.id, state.round, state.base, view, patch, train="") for c in clients]
+    """Every connected client measures the model on its own test split.
+
+    That is the global model; its own one where clients keep factors, which nobody else has.
+    """
+    method, wanted = server.method, server.config.evaluation
+    clients, own = clients_now(server, max(1, state.round)), not (base_model or method.stateless)
+    if own:
+        payloads = [replace(method.downlink(state, c), train="") for c in clients]
+    else:
+        view = {} if base_model else method.view(state, None)
+        patch = {} if base_model else {m: (t,) for m, t in state.patch.items()}
+        payloads = [Payload(c.id, state.round, state.base, view, patch, train="") for c in clients]
     about = {
         "split": "test",
         "metrics": list(wanted.metrics),
@@ -105,7 +119,7 @@ def measure(server: Server, state: ServerState, base_model: bool = False) -> dic
     }
     found = {c: Scores(v, n) for c, (v, n) in server.flower.evaluate(payloads, about).items()}
     people = {c: Task(c, c, "", {}, lambda split: []) for c in found}
-    line = {"round": state.round, "split": "test", "view": "global"}
+    line = {"round": state.round, "split": "test", "view": "own" if own else "global"}
     line |= {"seen": table(people, found), "unseen": table({}, {})}
     runs.append_metrics(server.folder, "evaluation", line)
     server.console.say(evaluation_line(line))

@@ -15,16 +15,18 @@ from flexlora.adapter import Adapter, LoraSpec, Shapes, initial_adapter, select
 from flexlora.engines.embedded import Prompting
 from flexlora.engines.flower.grid import Flower
 from flexlora.engines.flower.node import common
-from flexlora.engines.flower.roster import Member, Roster
+from flexlora.engines.flower.roster import Roster
 from flexlora.experiment import runs
 from flexlora.experiment.build import build_method, local_training
 from flexlora.experiment.config import Config
 from flexlora.experiment.console import Console
-from flexlora.experiment.errors import MODEL, Failure, blame
+from flexlora.experiment.dealing import Top, deal, insist_on_served, server_ranks
+from flexlora.experiment.errors import MODEL, USAGE, blame
 from flexlora.experiment.initial import warm
 from flexlora.experiment.load import load_config
 from flexlora.experiment.status import Board
-from flexlora.federation.ranks import PAPER_TYPES, assign
+from flexlora.experiment.trackers import require
+from flexlora.federation.ranks import About
 from flexlora.federation.state import Client, Method, ServerState
 from flexlora.training.models import Base, load_base
 
@@ -61,7 +63,7 @@ class Server:
     method: Method
     base: Base
     shapes: Shapes
-    rank: int
+    top: Top
     roster: Roster
     flower: Flower
     board: Board
@@ -80,24 +82,22 @@ def open_server(grid: Grid, terms: Terms, console: Console) -> Server:
     else:
         config = load_config(terms.config, ["--output_dir", terms.output_dir])
         runs.create(config, folder.name)
+    with blame(USAGE, "method"):
+        method = build_method(config)
+    insist_on_served(config, method)
+    require(config.report_to)
     with blame(MODEL, "model"):
         base = load_base(config.model.name_or_path, config.model.dtype, config.model.device)
         shapes = {m: base.shapes[m] for m in select(base.shapes, config.lora.target_modules)}
     runs.identify(folder, base.name, base.fingerprint)
-    method = build_method(config)
-    if not method.stateless:
-        raise Failure(
-            f"method {method.name!r} needs clients that keep factors between rounds, which this "
-            "engine does not store. Use a stateless method (flexlora methods), or one machine."
-        )
+    top = server_ranks(config, shapes, method)
     about = identity(folder)
-    roster = Roster(grid, common(base), config.lora.target_modules, about["enrolled"], console.say)
+    enrolled = {client: About(**row) for client, row in about["enrolled"].items()}
+    roster = Roster(grid, common(base), config.lora.target_modules, enrolled, console.say)
     flower = Flower(grid, {}, config.federation.wire, about["run"], told(config, method))
     flower.deadline = terms.deadline
     board = Board(folder, config.federation.rounds)
-    return Server(
-        config, folder, terms, method, base, shapes, ceiling(config), roster, flower, board, console
-    )
+    return Server(config, folder, terms, method, base, shapes, top, roster, flower, board, console)
 
 
 def identity(folder: Path) -> dict[str, Any]:
@@ -116,30 +116,13 @@ def told(config: Config, method: Method) -> dict[str, Any]:
         "training": asdict(local_training(config, method)),
         "prompting": asdict(prompting),
         "seed": config.federation.seed,
+        "lower_rank": method.mixed_ranks,
     }
-
-
-def ceiling(config: Config) -> int:
-    """The server's rank: the largest that anyone may be given.
-
-    Raises:
-        Failure: ranks that differ between modules.
-    """
-    r, types = config.lora.r, config.lora.types or PAPER_TYPES
-    if isinstance(r, int):
-        return r
-    if isinstance(r, dict):
-        values: list[Any] = [k if isinstance(v, float) else v for k, v in r.items()]
-    else:
-        values = list(types if isinstance(r, str) else r)
-    if not all(isinstance(v, int) for v in values):
-        raise Failure("lora.r: over Flower a client has one rank for all modules; set numbers.")
-    return int(max(values))
 
 
 def first_state(server: Server) -> ServerState:
     """The state before round 1."""
-    federation, ranks = server.config.federation, dict.fromkeys(server.shapes, server.rank)
+    federation, ranks = server.config.federation, server.top
     G: Adapter = initial_adapter(server.shapes, ranks, federation.seed)
     folder = server.config.lora.warm_start
     if folder is not None:
@@ -149,41 +132,28 @@ def first_state(server: Server) -> ServerState:
     return server.method.start(state)
 
 
-def clients_now(server: Server) -> list[Client]:
-    """Connected members as clients, at the rank they want or the plan gives them."""
-    members = server.roster.connected()
-    while not members:
-        server.console.say("nobody is connected; waiting")
+def clients_now(server: Server, round: int) -> list[Client]:
+    """Connected members as clients of a round, at the ranks they want or the plan gives them."""
+    while not (found := _clients(server, round)):
+        server.console.say("nobody who could take part is connected; waiting")
         time.sleep(5.0)
-        members = server.roster.connected()
-    enrolled = {"run": server.flower.run, "enrolled": server.roster.enrolled}
-    runs.write(server.folder / "federation.json", json.dumps(enrolled))
-    server.flower.nodes = {c: m.node for c, m in members.items()}
-    planned = plan(server, list(members))
-    lora = server.config.lora
-    found = []
-    for client, member in members.items():
-        rank = rank_of(member, planned[client], server)
-        spec = LoraSpec(rank, lora.lora_alpha, lora.alpha_rule)
-        found.append(Client(client, spec, member.examples, client))
-    server.board.roster(found, server.roster.turned_away)
     return found
 
 
-def plan(server: Server, clients: list[str]) -> dict[str, int]:
-    """Ranks by the configuration's plan; one by one where it names clients."""
-    r: Any = server.config.lora.r
-    if isinstance(r, int):
-        return dict.fromkeys(clients, r)
-    if isinstance(r, dict) and not any(isinstance(v, float) for v in r.values()):
-        return {c: int(r.get(c, server.rank)) for c in clients}
-    types = server.config.lora.types or PAPER_TYPES
-    dealt = assign(clients, r, server.config.federation.seed, types)
-    return {c: int(rank) for c, rank in dealt.items()}  # type: ignore[arg-type]
-
-
-def rank_of(member: Member, planned: int, server: Server) -> int:
-    """The node's wish within the server's rank, or the plan; one for all if a method needs it."""
-    if not server.method.mixed_ranks:
-        return server.rank
-    return min(member.wanted or planned, server.rank)
+def _clients(server: Server, round: int) -> list[Client]:
+    members, enrolled = server.roster.connected(), server.roster.enrolled
+    people = {"run": server.flower.run, "enrolled": {c: asdict(a) for c, a in enrolled.items()}}
+    runs.write(server.folder / "federation.json", json.dumps(people))
+    server.flower.nodes = {c: m.node for c, m in members.items()}
+    lora, found, away = server.config.lora, list[Client](), dict(server.roster.turned_away)
+    dealt = deal(server.config, server.method, server.top, members, enrolled, round)
+    for client, ranks in dealt.items():
+        member = members[client]
+        if isinstance(ranks, str):
+            away[member.node] = f"{client}: {ranks}"
+        else:
+            spec = LoraSpec(ranks, lora.lora_alpha, lora.alpha_rule)
+            about = enrolled[client]
+            found.append(Client(client, spec, member.examples, client, about.category))
+    server.board.roster(found, away)
+    return found

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from flexlora.engines.flower.answers import Coded
 from flexlora.experiment import runs
 from flexlora.experiment.bounds import alone, bounded
 from flexlora.experiment.checkpoints import (
@@ -166,7 +167,9 @@ def _rounds(
     patience = kept.early_stopping_patience or math.inf
     if progress.stale >= patience:
         return state, progress
-    rounds = federation.run(e.method, state, clients, shop.engine, e.schedule, spool)
+    wire = e.config.federation.wire
+    engine = shop.engine if wire == "float32" else Coded(shop.engine, wire)  # as over a network
+    rounds = federation.run(e.method, state, clients, engine, e.schedule, spool)
     for state, record in rounds:
         line = record.to_json() | effort(record)
         runs.append_metrics(folder, "round", line)

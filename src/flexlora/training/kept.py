@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from flexlora.federation.state import Payload, Update
@@ -25,10 +26,21 @@ def recall(kept: Kept, payload: Payload) -> Payload:
         return payload
     own = kept[payload.client][max(earlier)]
     adapter = {
-        m: LowRank(own.get(f"{m}.B", d.B), own.get(f"{m}.A", d.A), d.scaling)
+        m: LowRank(
+            _at_rank(own.get(f"{m}.B"), d.B, 1), _at_rank(own.get(f"{m}.A"), d.A, 0), d.scaling
+        )
         for m, d in payload.adapter.items()
     }
     return replace(payload, adapter=adapter)
+
+
+def _at_rank(own: Tensor | None, sent: Tensor, dim: int) -> Tensor:
+    """A kept factor at the rank that was sent: its head, or with the rest of what was sent."""
+    if own is None or own.shape == sent.shape:
+        return sent if own is None else own
+    rank, had = sent.shape[dim], own.shape[dim]
+    rest = sent.narrow(dim, min(had, rank), max(rank - had, 0))
+    return torch.cat([own.narrow(dim, 0, min(had, rank)), rest], dim)
 
 
 def remember(kept: Kept, payload: Payload, update: Update) -> Update:

@@ -14,12 +14,13 @@ pytest.importorskip("flwr", reason="needs flwr: pip install 'flexlora[flower]'")
 from engines.flower.inproc import InProcess
 from federation.quadratic import Quadratic, people, start
 from flwr.app import ConfigRecord, Error, RecordDict
+from safetensors.torch import load_file
 
 from flexlora.adapter import LoraSpec, initial_adapter, select
 from flexlora.data.task import Example, Task
 from flexlora.engines.embedded import Embedded, Prompting
 from flexlora.engines.flower import node
-from flexlora.engines.flower.answers import encode_update
+from flexlora.engines.flower.answers import Coded, encode_update
 from flexlora.engines.flower.client import make_client_app
 from flexlora.engines.flower.durable import Durable
 from flexlora.engines.flower.grid import Flower
@@ -33,6 +34,7 @@ from flexlora.federation.spool import Spool
 from flexlora.federation.state import Client, ServerState
 from flexlora.methods import make
 from flexlora.training.client import LocalTraining
+from flexlora.training.kept import nested, recall
 from flexlora.training.models import as_base
 
 SECRET = "the patient's name is Wilhelmina"
@@ -98,11 +100,11 @@ def embedded() -> Embedded:
     return Embedded(base(), POPULATION, TRAINING, 5, PROMPTING)
 
 
-def play(engine, folder, rounds=2, wire="float32", ranks=RANKS, rules=None):
-    state, records = first_state(wire), []
+def play(engine, folder, rounds=2, wire="float32", ranks=RANKS, rules=None, method="flexlora"):
+    state, records = make(method).start(first_state(wire)), []
     for _ in range(rounds):
         spool = Spool(1 << 30, folder)
-        state, record = run_round(make("flexlora"), state, clients(ranks), engine, spool, rules)
+        state, record = run_round(make(method), state, clients(ranks), engine, spool, rules)
         records.append(record)
     return state, records
 
@@ -120,11 +122,48 @@ def test_a_flower_run_is_the_embedded_run_bit_for_bit(grid, tmp_path):
 
 def test_and_so_it_is_at_bfloat16_with_the_same_codec(grid, tmp_path):
     ours, _ = play(engine(grid, "bfloat16"), tmp_path, wire="bfloat16")
-    coded = Durable(embedded(), tmp_path / "inbox", "bfloat16")
-    reference, _ = play(coded, tmp_path, wire="bfloat16")
+    reference, _ = play(Coded(embedded(), "bfloat16"), tmp_path, wire="bfloat16")
     plain, _ = play(embedded(), tmp_path, wire="bfloat16")
     assert same(ours, reference)
     assert not same(ours, plain)
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+def test_factors_that_stay_at_a_node_are_on_its_disk(grid, tmp_path, wire):
+    """FedSA-LoRA: every message finds a fresh engine, and B where the last one left it."""
+    ours, _ = play(engine(grid, wire), tmp_path, 3, wire, method="fedsa-lora")
+    reference = Coded(embedded(), wire)
+    theirs, _ = play(reference, tmp_path, 3, wire, method="fedsa-lora")
+    assert same(ours, theirs)
+    (own,) = (tmp_path / "ann" / "kept").iterdir()
+    assert own.stat().st_mode & 0o077 == 0
+    found = nested(load_file(own))["ann"]
+    for round, tensors in reference.engine.kept["ann"].items():
+        assert all(torch.equal(x, found[round][name]) for name, x in tensors.items())
+
+    method, client = make("fedsa-lora"), clients()[0]
+    payload = replace(method.downlink(ours, client), train="")
+    wanted = {"split": "test", "metrics": ["loss"], "max_examples": None}
+    wanted |= {"max_generated": None, "max_new_tokens": 8}
+    (loss, _) = engine(grid, wire).evaluate([payload], wanted)["ann"]
+    own_view = recall(reference.engine.kept, payload).adapter
+    assert loss == dict(embedded().evaluate({"ann": own_view})["ann"].values)
+    assert loss != dict(embedded().evaluate({"ann": payload.adapter})["ann"].values)
+
+
+def test_a_method_with_one_rank_has_no_use_for_half_of_it(grid, tmp_path, monkeypatch):
+    tried = []
+
+    def short_of_memory(self, payloads, people):
+        tried.append(payloads[0].client)
+        raise MemoryError
+
+    monkeypatch.setattr(Embedded, "train", short_of_memory)
+    flower = engine(grid)
+    flower.settings = {**SETTINGS, "lower_rank": False}
+    _, (record,) = play(flower, tmp_path, rounds=1, rules=Rules(Limits(lower_rank=False)))
+    assert {r.reason for r in record.refused} == {Reason.MEMORY}
+    assert sorted(tried) == list(RANKS)
 
 
 def test_no_error_text_leaves_a_node(grid, tmp_path, monkeypatch):

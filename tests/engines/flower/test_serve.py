@@ -30,7 +30,7 @@ SITES = {"north": {"rank": 4}, "south": {"rank": 8}, "west": {"memory": "1G"}}
 def config(tmp_path, tiny_model_dir) -> Path:
     """One YAML for all: the server reads everything but the data, a node its model and data."""
     rows = [
-        {"site": s, "instruction": f"Say {s}", "input": "", "output": f"{s} {i}"}
+        {"site": s, "kind": s[::-1], "instruction": f"Say {s}", "input": "", "output": f"{s} {i}"}
         for s in SITES
         for i in range(20)
     ]
@@ -38,7 +38,11 @@ def config(tmp_path, tiny_model_dir) -> Path:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
         "model": {"name_or_path": str(tiny_model_dir), "dtype": "float32"},
-        "data": {"kind": "jsonl", "path": str(data), "columns": {"client": "site"}},
+        "data": {
+            "kind": "jsonl",
+            "path": str(data),
+            "columns": {"client": "site", "category": "kind"},
+        },
         "lora": {"r": 16, "target_modules": ["q_proj", "v_proj"]},
         "training": {"max_steps": 2, "max_length": 64, "tokens_per_forward": 512},
         "federation": {"setting": "cross-silo", "rounds": 3, "seed": 3},
@@ -157,3 +161,113 @@ def test_a_node_with_another_model_is_turned_away(tmp_path, config, grid, tiny_t
     grid.contexts[102].node_config["config"] = str(tmp_path / "other.yaml")
     with pytest.raises(Failure, match="its base differs"):
         deployed.serve(grid, terms(tmp_path, config))
+
+
+def settings(config: Path, **sections) -> None:
+    """Change sections of a YAML file in place."""
+    found = yaml.safe_load(config.read_text())
+    for name, more in sections.items():
+        found[name] = {**found.get(name, {}), **more}
+    config.write_text(yaml.safe_dump(found))
+
+
+def last_state(folder: Path):
+    return load_checkpoint(checkpoints(folder / "checkpoints")[-1])[0]
+
+
+def admitted_ranks(folder: Path) -> list[dict]:
+    lines = [m for m in runs.read_metrics(folder) if m["kind"] == "round"]
+    return [{c: row["ranks"] for c, row in m["clients"].items()} for m in lines]
+
+
+PLANS = {
+    "wish over plan": ({"r": 16}, {"north": 4, "south": 8}, {}),
+    "by size": ({"r": "by-size", "types": [2, 4, 8]}, {}, {}),
+    "by category": ({"r": "by-category", "types": [2, 4, 8]}, {}, {}),
+    "strong of": ({"r": "strong-of-normal", "types": [2, 4, 8, 16]}, {}, {}),
+    "per module": ({"r": {"q_proj": 4, "v_proj": 8}}, {}, {}),
+    "per type and module": ({"r": "uniform", "types": [2, {"q_proj": 4, "v_proj": 8}]}, {}, {}),
+    "client by client": ({"r": {"north": 2, "south": {"q_proj": 4, ".*": 8}, "west": 8}}, {}, {}),
+    "changes": ({"r": 8, "changes": {2: {"north": 2}, 3: {"north": 8, "south": 4}}}, {}, {}),
+    "one rank": ({"r": {4: 0.5, 8: 0.5}}, {}, {"name": "fedit"}),
+    "kept factors": ({"r": {"north": 2, "south": 4, "west": 8}}, {}, {"name": "fedsa-lora"}),
+}  # fmt: skip
+
+
+CODED = [("wish over plan", "bfloat16"), ("kept factors", "bfloat16")]
+
+
+@pytest.mark.parametrize(("plan", "wire"), [*((plan, "float32") for plan in PLANS), *CODED])
+def test_the_same_plan_is_the_same_run_on_one_machine_bit_for_bit(
+    tmp_path, config, grid, plan, wire
+):
+    lora, wishes, method = PLANS[plan]
+    for i, client in enumerate(SITES):
+        found = grid.contexts[100 + i].node_config
+        found.pop("rank", None), found.pop("memory", None)
+        found.update({"rank": wishes[client]} if client in wishes else {})
+    settings(config, lora=lora, federation={"wire": wire, "rounds": 3}, method=method or {})
+    settings(config, evaluation={"every": 0}, training={"group_size": 1})
+    deployed.serve(grid, terms(tmp_path, config))
+    if wishes:
+        settings(config, lora={"r": {**dict.fromkeys(SITES, 16), **wishes}})
+    done = CliRunner().invoke(
+        app,
+        ["run", str(config), "--output_dir", str(tmp_path / "embedded"), "--evaluation.samples=0"],
+        catch_exceptions=False,
+    )
+    assert done.exit_code == 0, done.output
+    ours, theirs = last_state(tmp_path / "run"), last_state(tmp_path / "embedded")
+    assert admitted_ranks(tmp_path / "run") == admitted_ranks(tmp_path / "embedded")
+    assert fingerprint(ours) == fingerprint(theirs)
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"method": {"name": "local-only"}}, "is no federation"),
+        ({"method": {"name": "fedsa-lora"}, "federation": {"setting": "cross-device"}}, "keep"),
+        ({"federation": {"setting": "cross-device", "drop_out": 0.5}}, "drop_out"),
+        ({"checkpoints": {"early_stopping_patience": 2}}, "nothing is measured between rounds"),
+        ({"checkpoints": {"load_best_at_end": True}}, "nothing is measured between rounds"),
+        ({"lora": {"r": [4, 8, 16]}}, "nobody knows who will come"),
+        ({"lora": {"r": "heavy-tail-left", "types": [2, 4, 8, 16]}}, "heavy-tail-left"),
+        ({"lora": {"r": {4: 0.5, 8: 0.2}}}, "sum to 1"),
+        ({"lora": {"r": 4096}}, "at most"),
+        ({"lora": {"r": {"q_proj": 4}}}, "v_proj"),
+        ({"lora": {"r": 8, "changes": {2: {"north": 16}}}}, "keeps no more"),
+        ({"lora": {"r": 8, "changes": {2: {"a": 4}}}, "method": {"name": "fedavg"}}, "one rank"),
+    ],
+)
+def test_what_is_not_served_is_refused_before_anything_starts(
+    tmp_path, config, grid, sections, told
+):
+    settings(config, **sections)
+    with pytest.raises(Failure, match=told) as caught:
+        deployed.serve(grid, terms(tmp_path, config))
+    assert "\n" not in str(caught.value)
+    assert not grid.replies
+
+
+def test_a_plan_that_names_clients_is_the_list_of_who_takes_part(tmp_path, config, grid):
+    settings(config, lora={"r": {"north": 4, "south": 8}}, federation={"rounds": 1})
+    settings(config, evaluation={"every": 0})
+    deployed.serve(grid, terms(tmp_path, config))
+    assert admitted_ranks(tmp_path / "run") == [{"north": [4], "south": [8]}]
+    assert "west: lora.r gives it no rank" in (tmp_path / "run" / "status.json").read_text()
+
+
+def test_a_node_that_wants_less_than_the_one_rank_is_left_out(tmp_path, config, grid):
+    settings(config, lora={"r": 8}, method={"name": "fedit"}, federation={"rounds": 1})
+    settings(config, evaluation={"every": 0})
+    deployed.serve(grid, terms(tmp_path, config))
+    assert admitted_ranks(tmp_path / "run") == [{"south": [8], "west": [8]}]
+    assert "it wants rank 4; fedit needs 8" in (tmp_path / "run" / "status.json").read_text()
+
+
+def test_fewer_nodes_than_a_round_asks_for_are_all_invited(tmp_path, config, grid):
+    grid.gone = {101}
+    federation = {"setting": "cross-device", "clients_per_round": 3, "rounds": 1}
+    settings(config, federation=federation, evaluation={"every": 0})
+    deployed.serve(grid, terms(tmp_path, config) | {"min-nodes": 2})
+    assert set(admitted_ranks(tmp_path / "run")[0]) == {"north", "west"}

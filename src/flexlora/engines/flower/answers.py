@@ -9,16 +9,17 @@ checks them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexlora.engines.flower.wire import frame
-from flexlora.federation.admission import Reason, Refused
-from flexlora.federation.state import Payload, Update, Wire
+from flexlora.federation.admission import Reason, Refusal, Refused
+from flexlora.federation.round import Engine
+from flexlora.federation.state import Client, Payload, Update, Wire
 from flexlora.lowrank import LowRank
 
 TAGS: Mapping[Wire, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -176,7 +177,27 @@ def _up(sent: Payload) -> str:
     return "".join(f for f in sent.train if f not in sent.keep)
 
 
-def rounded_update(update: Update, sent: Payload, wire: Wire) -> Update:
-    """The update as the server decodes it: what travels, rounded to the wire's precision."""
-    data = encode_update(update, sent, "", wire)
-    return replace(decode_update(data, sent, "", wire), metrics=update.metrics)
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """An engine whose updates are what a server decodes: what travels, at the wire's precision.
+
+    Attributes:
+        engine: that trains.
+        wire: precision of the numbers.
+    """
+
+    engine: Engine
+    wire: Wire
+
+    def train(
+        self, payloads: Sequence[Payload], clients: Mapping[str, Client]
+    ) -> Iterator[Update | Refusal]:
+        """The engine's answers, encoded and decoded."""
+        sent = {p.client: p for p in payloads}
+        for answer in self.engine.train(payloads, clients):
+            if isinstance(answer, Refusal):
+                yield answer
+            else:
+                payload = sent[answer.client]
+                data = encode_update(answer, payload, "", self.wire)
+                yield decode_update(data, payload, "", self.wire)

@@ -126,7 +126,7 @@ class Flower:
             data = encode_payload(payload, self.wire, self.run)
             answers[client] = digest(data)
             self.traffic[client].bytes_down = len(data)
-            plain = {**self.settings, **(about or {}), "wire": self.wire}
+            plain = {**self.settings, **(about or {}), "wire": self.wire, "run": self.run}
             parcel = Parcel({**plain, "acknowledged": self.stored.get(client, "")}, data)
             if sent := self._push(kind, client, parcel, payload.round):
                 waiting[sent] = client

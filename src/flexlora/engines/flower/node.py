@@ -18,17 +18,19 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors.torch import load_file, save
 
 from flexlora.adapter import LoraSpec, select
 from flexlora.data.task import Population
 from flexlora.engines.embedded import Embedded, Prompting
 from flexlora.engines.flower.answers import encode_update
 from flexlora.engines.flower.messages import Parcel
-from flexlora.engines.flower.replay import recall, remember
+from flexlora.engines.flower.replay import recall, remember, store
 from flexlora.engines.flower.wire import VERSION, decode_payload, digest
 from flexlora.federation.admission import Reason, Refusal
 from flexlora.federation.state import Client, Payload, Update
 from flexlora.training.client import LocalTraining
+from flexlora.training.kept import recall as recall_own
 from flexlora.training.memory import BYTES_PER_TRAINED_NUMBER, free_memory
 from flexlora.training.models import Base
 
@@ -41,7 +43,8 @@ class Site:
         client: the id it takes part under.
         base: its own copy of the base model.
         population: its data; the server sees counts and column names of `client`.
-        folder: where answers are kept until they are acknowledged, and errors are written.
+        folder: where answers are kept until they are acknowledged, the factors that stay here
+            (`kept/`, one file per run), and errors.
         rank: the rank it wants, if it says.
         memory: bytes that training may take beside the model, if it says; turned into a rank.
     """
@@ -86,6 +89,7 @@ def hello(site: Site, asked: Parcel) -> Parcel:
         "rank": site.rank or _affordable(site, asked.about.get("targets", ())),
         "examples": dict(task.sizes),
         "columns": columns,
+        "category": task.category,
         "device": base.device.type,
         "memory": free_memory(base),
         "cores": psutil.cpu_count() or 1,
@@ -125,7 +129,11 @@ def train(site: Site, asked: Parcel) -> Parcel:
     payload = decode_payload(asked.data)
     if refusal := _mismatch(site, payload):
         return refusal
-    update = fitted(_engine(site, asked.about), payload, _client(site))
+    engine = _engine(site, asked.about)
+    update = fitted(engine, payload, _client(site), asked.about.get("lower_rank", True))
+    if engine.memory:  # before the answer; the factors of two rounds, so it can be made again
+        kept = {name: x.contiguous() for name, x in engine.memory.items()}
+        store(_own(site, asked.about), save(kept))
     data = encode_update(update, payload, answers, asked.about["wire"])
     remember(site.folder, answers, data)
     return Parcel({}, data)
@@ -136,8 +144,9 @@ def evaluate(site: Site, asked: Parcel) -> Parcel:
     payload, wanted = decode_payload(asked.data), asked.about["evaluation"]
     if refusal := _mismatch(site, payload):
         return refusal
-    found = _engine(site, asked.about).evaluate(
-        {site.client: payload.adapter},
+    engine = _engine(site, asked.about)
+    found = engine.evaluate(
+        {site.client: recall_own(engine.kept, payload).adapter},
         {module: terms[0] for module, terms in payload.frozen.items()},
         wanted["split"],
         set(wanted["metrics"]),
@@ -148,10 +157,11 @@ def evaluate(site: Site, asked: Parcel) -> Parcel:
     return Parcel({"values": dict(found.values), "examples": found.examples})
 
 
-def fitted(engine: Embedded, payload: Payload, client: Client) -> Update:
+def fitted(engine: Embedded, payload: Payload, client: Client, lower_rank: bool = True) -> Update:
     """Train at the rank that was sent; where memory does not suffice, at half of it, declared.
 
     The head of an adapter in SVD order is its best approximation, so a fallback loses the least.
+    `lower_rank` says whether the method can do with one.
     """
     tried = payload
     while True:
@@ -162,7 +172,7 @@ def fitted(engine: Embedded, payload: Payload, client: Client) -> Update:
             return replace(update, reduced=tried is not payload)
         except (MemoryError, RuntimeError) as error:
             rank = max(d.rank for d in tried.adapter.values())
-            if not out_of_memory(error) or rank == 1 or payload.mask:
+            if not out_of_memory(error) or rank == 1 or payload.mask or not lower_rank:
                 raise
         heads = {m: d.prefix(min(d.rank, rank // 2)).clone() for m, d in tried.adapter.items()}
         tried = replace(tried, adapter=heads)
@@ -185,12 +195,24 @@ def _mismatch(site: Site, payload: Payload) -> Parcel | None:
 
 
 def _engine(site: Site, about: Mapping[str, Any]) -> Embedded:
-    """The embedded engine with the server's settings; clients of a node do not share a bank."""
+    """The embedded engine with the server's settings, and with what this node has kept of the run.
+
+    Clients of a node do not share a bank.
+    """
     settings = dict(about["training"])
     schedule = {int(r): float(f) for r, f in settings.pop("round_schedule", {}).items()}
     training = LocalTraining(**{**settings, "group_size": 1}, round_schedule=schedule)
     prompting = Prompting(**about["prompting"])
-    return Embedded(site.base, site.population, training, about["seed"], prompting)
+    engine = Embedded(site.base, site.population, training, about["seed"], prompting)
+    if (own := _own(site, about)).is_file():
+        # Copies in torch's own memory: matrix products round differently at other alignments.
+        engine.restore({name: x.clone() for name, x in load_file(own).items()})
+    return engine
+
+
+def _own(site: Site, about: Mapping[str, Any]) -> Path:
+    """Where the factors are that stay at this node, of one run."""
+    return site.folder / "kept" / f"{digest(str(about.get('run')).encode())[:32]}.safetensors"
 
 
 def _client(site: Site) -> Client:

@@ -11,6 +11,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from flexlora.engines.flower.messages import Parcel, message, unpack
+from flexlora.federation.ranks import About
 
 EXPECTED = ("wire", "base", "tokenizer", "template")
 """What a node must have in common with the server."""
@@ -25,6 +26,7 @@ class Member:
         client: the id it takes part under.
         examples: it enrolled with; it can never claim more.
         wanted: rank it asks for, if any.
+        category: of its task, for plans that go by it.
         about: the rest of its greeting, for people.
     """
 
@@ -32,6 +34,7 @@ class Member:
     client: str
     examples: int
     wanted: int | None = None
+    category: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -43,7 +46,7 @@ class Roster:
         grid: Flower's way to the nodes.
         ours: the server's own values of what nodes must have in common with it.
         targets: module patterns, from which a node with a memory budget derives its rank.
-        enrolled: client -> examples it first enrolled with, over all sittings.
+        enrolled: client -> what it first enrolled with, over all sittings.
         say: told who came and who was turned away.
         members: client -> member, connected or not.
         turned_away: node -> why.
@@ -52,7 +55,7 @@ class Roster:
     grid: Grid
     ours: Mapping[str, Any]
     targets: tuple[str, ...]
-    enrolled: dict[str, int]
+    enrolled: dict[str, About]
     say: Callable[[str], None]
     members: dict[str, Member] = field(default_factory=dict)
     turned_away: dict[int, str] = field(default_factory=dict)
@@ -83,8 +86,9 @@ class Roster:
             self.turned_away[node] = str(error)
             self.say(f"node {node} is turned away: {error}")
             return
-        first = self.enrolled.setdefault(member.client, member.examples)
-        member = replace(member, examples=min(first, member.examples))
+        first = About(member.examples, member.category)
+        first = self.enrolled.setdefault(member.client, first)
+        member = replace(member, examples=min(first.num_examples, member.examples))
         self.members[member.client] = member
         rank = f", wants rank {member.wanted}" if member.wanted else ""
         self.say(
@@ -136,4 +140,7 @@ def checked(node: int, about: Mapping[str, Any], ours: Mapping[str, Any]) -> Mem
     if not (rank is None or (type(rank) is int and rank >= 1)):
         raise ValueError("the rank it wants is not a whole number from 1")
     facts = {k: str(about.get(k))[:40] for k in ("flexlora", "precision", "device", "memory")}
-    return Member(node, client, examples, rank, facts)
+    category = about.get("category")
+    if not isinstance(category, str) or not re.fullmatch(r"[\w &.-]{0,64}", category, re.ASCII):
+        category = ""
+    return Member(node, client, examples, rank, category, facts)
