@@ -111,6 +111,13 @@ def test_fresh_names_and_no_overwriting(flexlora, small, tmp_path):
     assert "a run is never overwritten" in err
 
 
+def test_the_saved_configuration_runs_again(flexlora, finished, tmp_path):
+    code, out, err = flexlora("run", finished / "config.yaml", "--format", "json")
+    assert code == 0, err
+    again = tmp_path / json.loads(out)["run_dir"]
+    assert adapter(again) == adapter(finished)
+
+
 def test_killed_and_resumed_is_bit_identical(finished, tiny_model_dir, tmp_path):
     config = write_config(tmp_path, tiny_model_dir, federation={"rounds": 4})
     command = [sys.executable, "-m", "flexlora"]
@@ -185,8 +192,12 @@ BAD = {
     "a typo": ({"training": {"learnin_rate": 1}}, 2, "did you mean 'learning_rate'?"),
     "no such file": ({"data": {"path": "nowhere.jsonl"}}, 3, "nowhere.jsonl not found"),
     "no such column": ({"data": {"columns": {"output": "answer"}}}, 3, "answer"),
-    "a loader's setting": ({"data": {"colums": {}}}, 3, "did you mean 'columns'?"),
-    "an unknown loader": ({"data": {"kind": "jsonlines"}}, 3, "did you mean 'jsonl'?"),
+    "a loader's setting": (
+        {"data": {"colums": {}}},
+        2,
+        "small.yaml:2: unknown key 'data.colums'; did you mean 'columns'?",
+    ),
+    "an unknown loader": ({"data": {"kind": "jsonlines"}}, 2, "did you mean 'jsonl'?"),
     "an unknown client": ({"data": {"unseen": {"clients": ["halv"]}}}, 3, "'halve'"),
     "no module": ({"lora": {"target_modules": ["query"]}}, 2, "'query' matches no linear layer"),
     "a rank too high": ({"lora": {"r": 33}}, 2, "rank 33 at module 'model.layers.0"),
@@ -198,7 +209,7 @@ BAD = {
     "no such model": ({"model": {"name_or_path": "./nowhere"}}, 4, "no such folder"),
     "a missing plugin": ({"method": {"name": "nowhere:rule"}}, 2, "nowhere"),
     "answers too long": ({"training": {"max_length": 2}}, 3, "fits max_length 2"),
-    "a missing tracker": ({"report_to": ["trackio"]}, 2, "pip install 'flexlora[trackio]'"),
+    "a missing tracker": ({"report_to": ["trackio"]}, 2, 'pip install "flexlora[trackio]"'),
 }
 
 

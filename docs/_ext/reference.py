@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from flexlora.experiment.forms import taken
 
 FURTHER = ("aggregation", "simulator", "comparison", "deploy")
 MARKER = re.compile(r"<!-- generated: (\w+) -->")
@@ -61,38 +61,8 @@ def _section(path: str, model: type[BaseModel]) -> Iterator[str]:
 
 
 def _type(field: FieldInfo) -> str:
-    kind: Any = field.annotation
-    told = readable(Annotated[kind, *field.metadata] if field.metadata else kind)
+    told = taken(field)
     return told if len(told) < 90 else "several forms"
-
-
-def readable(kind: Any) -> str:
-    """A type as people read it.
-
-    >>> readable(tuple[int, ...] | None), readable(Literal["a", "b"])
-    ('list of whole number or nothing', '`a`, `b`')
-    """
-    origin, inside = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        bounds = (_bound(m) for m in inside[1:])
-        return " ".join([readable(inside[0]), *(b for b in bounds if b)])
-    if origin is Literal:
-        return ", ".join(f"`{value}`" for value in inside)
-    if origin in (Union, types.UnionType):
-        return " or ".join(readable(part) for part in inside)
-    if origin is tuple:
-        return f"list of {readable(inside[0])}"
-    if origin is dict:
-        return f"mapping from {readable(inside[0])} to {readable(inside[1])}"
-    return {
-        int: "whole number", float: "number", str: "text", bool: "`true` or `false`",
-        type(None): "nothing",
-    }.get(kind, str(kind))  # fmt: skip
-
-
-def _bound(rule: Any) -> str:
-    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    return ", ".join(f"{w} {getattr(rule, k)}" for k, w in words.items() if hasattr(rule, k))
 
 
 def _default(field: FieldInfo) -> str:
@@ -171,17 +141,11 @@ def ranks() -> str:
 
 def verbs() -> str:
     """The help of every verb, as the terminal shows it."""
-    import typer
+    from flexlora.cli import parsers
 
-    from flexlora.cli import app
-
-    group: Any = typer.main.get_command(app)
-    parts, program = [], group.make_context("flexlora", [], resilient_parsing=True)
-    for name, command in group.commands.items():
-        context = command.make_context(name, [], program, resilient_parsing=True)
-        text = command.get_help(context).replace("\\[", "[")
-        parts.append(f"## `flexlora {name}`\n\n```text\n{text}\n```\n")
-    return "\n".join(parts)
+    _, found = parsers()
+    texts = {name: parser.format_help() for name, parser in found.items()}
+    return "\n".join(f"## `flexlora {n}`\n\n```text\n{text}```\n" for n, text in texts.items())
 
 
 def names() -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from flexlora.experiment.build import cohort_size
 from flexlora.experiment.config import Config, Training
 from flexlora.experiment.errors import Failure
 from flexlora.experiment.load import load_config, recipes
@@ -52,7 +53,17 @@ def test_overrides_win_and_are_read_as_yaml(write):
         ("data:\n  unseen:\n    cont: 3\n", ":3: unknown key 'data.unseen.cont'; did you mean"),
         ("model: {dtype: float12}\n", ":1: model.dtype: Input should be 'auto'"),
         ("federation:\n  setting: cross-silo\n  drop_out: 0.1\n", "nobody drops out"),
-        ("lora:\n  r: -1\n", ":2: lora.r: Input should be greater than or equal to 1 (got -1)"),
+        ("lora:\n  r: -1\n", ":2: lora.r: expected whole number at least 1 or text or mapping"),
+        (
+            "federation: {clients_per_round: 0}\n",
+            ":1: federation.clients_per_round: expected whole number at least 1 or number above 0 "
+            "and at most 1 or nothing (got 0).",
+        ),
+        ("federation: {clients_per_round: 1.5}\n", "at least 1 or number above 0 and at most 1"),
+        ("training: {group_size: all}\n", "expected whole number at least 1 or `auto` (got 'all')"),
+        ("method: {splt: A}\n", ":1: unknown key 'method.splt'; did you mean 'split'?"),
+        ("data: {famlies: []}\n", ":1: unknown key 'data.famlies'; did you mean 'families'?"),
+        ("data: {templte: chat}\n", ":1: unknown key 'data.templte'; did you mean 'template'?"),
         ("lora: {r: 4}\nlora: {r: 8}\n", ":2: lora is set twice"),
         ("lora: [\n", "not readable as YAML"),
         ("- 1\n", "holds a list"),
@@ -84,10 +95,19 @@ def test_missing_file_names_the_recipes():
     assert "quickstart" in recipes()
 
 
+@pytest.mark.parametrize(("written", "clients"), [("1", 1), ("1.0", 20), ("0.25", 5), ("20", 20)])
+def test_one_is_a_client_and_one_point_nothing_is_everybody(written, clients):
+    config = load_config("quickstart", ["--federation.clients_per_round", written])
+    assert cohort_size(config, 20) == clients
+
+
 @pytest.mark.parametrize("words", [[], ["--lora.r={8: 0.8, 32: 0.2}"], ["--lora.r=[4, 8]"]])
 def test_resolved_configuration_is_read_back_the_same(tmp_path, words):
     config = load_config("quickstart", [*words, "--output_dir", str(tmp_path / "run")])
-    assert open_run(create(config, "quickstart")) == config
+    folder = create(config, "quickstart")
+    saved = open_run(folder)
+    assert "output_dir" not in (folder / "config.yaml").read_text()
+    assert saved == config.model_copy(update={"output_dir": None})
 
 
 def test_every_field_is_described_in_the_schema():

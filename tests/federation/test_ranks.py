@@ -3,7 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexlora.adapter import LoraSpec
-from flexlora.federation.ranks import NAMES, PAPER_TYPES, About, PowerLaw, assign, count
+from flexlora.federation.plans import NAMES, PAPER_TYPES, About, PowerLaw
+from flexlora.federation.ranks import assign, count
 
 IDS = [f"c{i:04}" for i in range(1000)]
 SMALL = [4, 8, 16, 32]

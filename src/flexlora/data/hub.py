@@ -56,7 +56,7 @@ def open_hub(path: str, name: str | None = None, split: str = "train") -> HubTab
     except ImportError:
         raise ImportError(
             f"data set {path!r}: reading from the Hub needs the `datasets` package: "
-            "pip install 'flexlora[hub]'."
+            'pip install "flexlora[hub]".'
         ) from None
     try:
         data = datasets.load_dataset(path, name, split=split)

@@ -10,7 +10,7 @@ from typing import Any
 from flexlora.data.folders import release_population, repository_population
 from flexlora.data.hub import open_hub
 from flexlora.data.reasoning import reasoning_gym_population
-from flexlora.data.settings import call, nearest
+from flexlora.data.settings import SettingError, call, nearest
 from flexlora.data.tables import open_jsonl, open_parquet
 from flexlora.data.tabular import (
     Columns,
@@ -33,19 +33,19 @@ def load_population(kind: str, **settings: object) -> dict[str, Task]:
         settings: of that loader.
 
     Raises:
-        ValueError: an unknown kind or setting (with the nearest name), or what the loader refuses.
+        SettingError: an unknown kind or setting, with the nearest name.
+        ValueError: what the loader refuses.
         FileNotFoundError: a path that is not there.
         ImportError: a package or a plugin that is not there.
     """
-    where = f"data (kind {kind!r})"
     if ":" in kind:
-        return _checked(call(plugin(kind), settings, where), kind)
+        return _checked(call(plugin(kind), settings, "data"), kind)
     if kind not in LOADERS:
-        raise ValueError(
+        raise SettingError(
             f"data.kind: {kind!r} is unknown{nearest(kind, LOADERS)}. Expected one of "
             f"{', '.join(LOADERS)}, or 'package.module:function'."
         )
-    return call(LOADERS[kind], settings, where)
+    return call(LOADERS[kind], settings, "data")
 
 
 def parquet(

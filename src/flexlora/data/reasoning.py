@@ -165,7 +165,7 @@ def _source(family: str, options: Mapping[str, Any], seed: int, size: int) -> An
         from reasoning_gym.factory import DATASETS
     except ImportError:
         raise ImportError(
-            "data: reasoning-gym is not installed: pip install 'flexlora[demo]'."
+            'data: reasoning-gym is not installed: pip install "flexlora[demo]".'
         ) from None
     if family not in DATASETS:
         raise ValueError(

@@ -10,6 +10,10 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+class SettingError(ValueError):
+    """A key that nobody knows or that is missing: a matter of the configuration, not the data."""
+
+
 def call(
     function: Callable[..., T], settings: Mapping[str, object], where: str, *given: object
 ) -> T:
@@ -17,22 +21,23 @@ def call(
 
     >>> call(lambda rows, seed=0: rows + seed, {"sed": 1}, "partition", 2)
     Traceback (most recent call last):
-    ValueError: partition.sed: unknown setting (did you mean 'seed'?). It takes: seed.
+    flexlora.data.settings.SettingError: unknown key 'partition.sed'; did you mean 'seed'?
 
     Raises:
-        ValueError: a setting it does not take, with the nearest one; or one that is missing.
+        SettingError: a setting it does not take, with the nearest one; or one that is missing.
     """
     parameters = list(inspect.signature(function).parameters.values())[len(given) :]
     known = [p.name for p in parameters]
     for name in settings:
         if name not in known:
-            raise ValueError(
-                f"{where}.{name}: unknown setting{nearest(name, known)}. "
-                f"It takes: {', '.join(known) or 'nothing'}."
-            )
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
+            raise SettingError(f"unknown key '{where}.{name}'; {hint}")
     missing = [p.name for p in parameters if p.default is p.empty and p.name not in settings]
     if missing:
-        raise ValueError(f"{where}.{missing[0]}: not set. It takes: {', '.join(known)}.")
+        raise SettingError(
+            f"{where}.{missing[0]}: not set; expected one. Known: {', '.join(known)}."
+        )
     return function(*given, **settings)
 
 

@@ -175,9 +175,9 @@ def client_rows(
                 f"{nearest(column, table.names)}. Its columns: {', '.join(table.names)}."
             )
         scheme = by_column if by == "column" else dirichlet
-        return call(scheme, settings, "partition", table.column(column))
+        return call(scheme, settings, "data.partition", table.column(column))
     if by in ("iid", "skewed"):
-        return call(iid if by == "iid" else skewed, settings, "partition", rows)
+        return call(iid if by == "iid" else skewed, settings, "data.partition", rows)
     raise ValueError(f"partition.by: {by!r}; expected 'column', 'dirichlet', 'iid' or 'skewed'.")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from flexlora.adapter import LoraSpec, Shapes, select
 from flexlora.data.load import load_population, plugin
+from flexlora.data.settings import SettingError
 from flexlora.data.splits import hold_out
 from flexlora.data.task import Population, Task
 from flexlora.experiment.config import Config
@@ -20,8 +21,11 @@ from flexlora.methods import make
 from flexlora.methods import methods as known_methods
 from flexlora.training.client import LocalTraining
 
-BOUNDS = ("local-only", "centralised")
-"""Not methods: every client by itself, and all data in one place. A federation lies between."""
+BOUNDS = {
+    "local-only": "every client by itself",
+    "centralised": "one adapter on everybody's data",
+}
+"""Not methods: a federation lies between them."""
 
 
 @dataclass(frozen=True)
@@ -71,22 +75,23 @@ def build(config: Config, shapes: Shapes, like: Experiment | None = None) -> Exp
         population, seen, unseen = like.population, like.seen, like.unseen
     else:
         population, seen, unseen = build_population(config)
-    with blame(USAGE, "lora"):
+    with blame(USAGE, "lora.target_modules"):
         targets = select(shapes, config.lora.target_modules)
     shapes = {m: shapes[m] for m in targets}
     about = {id: _about(population[id]) for id in seen}
+    empty = [id for id in seen if about[id].num_examples < 1]
+    if empty:
+        raise Failure(
+            f"data: {len(empty)} clients have no training examples, first {empty[0]!r} (task "
+            f"{population[empty[0]].task!r}); expected at least one. Leave them out, or keep them "
+            "as unseen clients (data.unseen.clients).",
+            DATA,
+        )
     specs, notes = build_ranks(config, seen, shapes, method, about)
-    clients = {}
-    for id in seen:
-        task = population[id]
-        if task.sizes.get("train", 0) < 1:
-            raise Failure(
-                f"data: client {id!r} (task {task.task!r}) has no training examples; expected at "
-                "least one. Leave it out, or keep it as an unseen client (data.unseen.names).",
-                DATA,
-            )
-        if id in specs:
-            clients[id] = Client(id, specs[id], task.sizes["train"], task.task, task.category)
+    clients = {
+        id: Client(id, specs[id], about[id].num_examples, task.task, task.category)
+        for id, task in ((id, population[id]) for id in seen if id in specs)
+    }
     federation = config.federation
     size = cohort_size(config, len(clients))
     with blame(USAGE, "lora.changes"):
@@ -108,7 +113,7 @@ def build_population(config: Config) -> tuple[Population, tuple[str, ...], tuple
     """
     data = config.data
     settings = data.settings if data.path is None else {**data.settings, "path": data.path}
-    with blame(DATA, "data"):
+    with blame(DATA, "data"), blame(USAGE, "data", (SettingError,)):
         population = load_population(data.kind, **settings)
         unseen = data.unseen.model_dump(exclude={"seed"}, exclude_defaults=True)
         if not unseen.keys() - {"by"}:
@@ -173,15 +178,29 @@ def build_ranks(
                 f"{method.name} needs one rank for everybody, so all train at the smallest, "
                 f"{min(lowest.values())}.",
             )
-        for client, spec in specs.items():
-            for module, (d_out, d_in) in shapes.items():
-                if spec.rank(module) > min(d_out, d_in):
-                    raise ValueError(
-                        f"client {client!r} has rank {spec.rank(module)} at module {module!r} of "
-                        f"shape ({d_out}, {d_in}); a rank is at most {min(d_out, d_in)}. Lower it "
-                        "(lora.r, lora.types) or leave the module out of lora.target_modules."
-                    )
+        insist_on_room(specs, shapes)
     return specs, notes
+
+
+def insist_on_room(specs: Mapping[str, LoraSpec], shapes: Shapes) -> None:
+    """No client may have a rank above what a module's shape allows.
+
+    Raises:
+        ValueError: names the first such module, how many there are, and the largest rank that fits.
+    """
+    distinct = {json.dumps(spec.r): (client, spec) for client, spec in specs.items()}
+    for client, spec in distinct.values():
+        small = [m for m, shape in shapes.items() if spec.rank(m) > min(shape)]
+        if small:
+            module, shape = small[0], shapes[small[0]]
+            names = ", ".join(dict.fromkeys(m.rpartition(".")[2] for m in small))
+            raise ValueError(
+                f"client {client!r} has rank {spec.rank(module)} at module {module!r} of shape "
+                f"{shape}: too high for {len(small)} of {len(shapes)} target modules ({names}). "
+                f"The largest that fits them all is {min(map(min, shapes.values()))}: lower lora.r "
+                "or lora.types (whose default goes up to 200), or leave those modules out of "
+                "lora.target_modules."
+            )
 
 
 def build_changes(

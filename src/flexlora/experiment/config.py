@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
@@ -173,8 +174,9 @@ class Federation(Section):
     all of them each round, none drops out. It decides the defaults below."""
     rounds: Positive = 50
     """Server rounds; with early stopping, at most."""
-    clients_per_round: Positive | Fraction | None = None
-    """A number, or a fraction below 1. Default: the paper's 0.05 cross-device, all cross-silo."""
+    clients_per_round: Positive | Share | None = None
+    """A number of clients, or with a decimal point a fraction of them: 1 is one client, 1.0 is all.
+    Default: the paper's 0.05 cross-device, all cross-silo."""
     drop_out: Fraction = 0.0
     """Probability that a sampled client does not answer; cross-device only."""
     wire: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -30,6 +30,8 @@ INPUT = (ValueError, LookupError, TypeError, OSError, ImportError)
 def blame(code: int, where: str, kinds: tuple[type[Exception], ...] = INPUT) -> Iterator[None]:
     """Errors that the rooms raise about their input become a :class:`Failure` with this exit code.
 
+    A message that already begins with the place, or with its last part, does not get it twice.
+
     >>> with blame(DATA, "data"):
     ...     raise ValueError("no examples")
     Traceback (most recent call last):
@@ -39,7 +41,27 @@ def blame(code: int, where: str, kinds: tuple[type[Exception], ...] = INPUT) -> 
         yield
     except kinds as error:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        raise Failure(f"{where}: {text or type(error).__name__}", code) from error
+        text = text.removeprefix(f"{where.rpartition('.')[2]}: ") or type(error).__name__
+        raise Failure(text if text.startswith(where) else f"{where}: {text}", code) from error
+
+
+EXTRAS = {
+    "reasoning_gym": "demo", "gguf": "demo", "matplotlib": "plots", "datasets": "hub",
+    "flwr": "flower", "grpc": "flower", "bitsandbytes": "quantized", "accelerate": "quantized",
+    "tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio",
+}  # fmt: skip
+"""Optional package -> the extra that brings it."""
+
+
+def missing(module: str) -> str:
+    """What to do about a package that is not installed.
+
+    >>> missing("flwr.server"), missing("numpy")
+    ('Install it: pip install "flexlora[flower]".', 'Install it: pip install flexlora.')
+    """
+    extra = EXTRAS.get(module.partition(".")[0])
+    what = f'"flexlora[{extra}]"' if extra else "flexlora"
+    return f"Install it: pip install {what}."
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

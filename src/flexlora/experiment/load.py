@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,8 +13,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from flexlora.data.load import LOADERS
 from flexlora.experiment.config import Config, Open
 from flexlora.experiment.errors import USAGE, Failure, nearest
+from flexlora.experiment.forms import branches, readable
+from flexlora.methods import methods
 
 Checked = TypeVar("Checked", bound=BaseModel)
 Where = dict[tuple[str, ...], str]
@@ -161,22 +165,46 @@ def validate(
         Failure: lists every problem, each with its place and, for an unknown key, the nearest name.
     """
     try:
-        return schema.model_validate(raw)
+        found = schema.model_validate(raw)
     except ValidationError as error:
         lines: dict[str, str] = {}
-        for problem in error.errors():  # a union complains once per branch: the first one will do
-            dotted, line = _explain(dict(problem), where or {}, source, schema)
+        for problem in error.errors():  # a union complains once per branch; one line is enough
+            dotted, line = _explain(dict(problem), raw, where or {}, source, schema)
             lines.setdefault(dotted, line)
         raise Failure("\n".join(lines.values()), USAGE) from error
+    if isinstance(found, Config):
+        _known_settings(found, where or {}, source)
+    return found
+
+
+def _known_settings(config: Config, where: Where, source: str) -> None:
+    """The keys of the open sections must be settings of the loader and the method they name."""
+    named: tuple[tuple[str, Open, Callable[..., Any] | None], ...] = (
+        ("data", config.data, LOADERS.get(config.data.kind)),
+        ("method", config.method, methods.get(config.method.name)),
+    )
+    for section, given, function in named:
+        if function is None:  # a plugin, whose module is not imported yet; a bound; a wrong name
+            continue
+        known = [*inspect.signature(function).parameters, *type(given).model_fields]
+        for key in given.settings:
+            if key not in known:
+                place = where.get((section, key), source)
+                raise Failure(f"{place}: unknown key '{section}.{key}'; {nearest(key, known)}")
 
 
 def _explain(
-    error: Mapping[str, Any], where: Where, source: str, schema: type[BaseModel]
+    error: Mapping[str, Any],
+    raw: Mapping[str, Any],
+    where: Where,
+    source: str,
+    schema: type[BaseModel],
 ) -> tuple[str, str]:
     """The dotted path of one problem, and the line that tells the user about it."""
     path = tuple(str(part) for part in error["loc"])
     model: Any = schema
     known: list[str] = []
+    kind: Any = None
     for depth, part in enumerate(path):
         fields: dict[str, FieldInfo] = getattr(model, "model_fields", {})
         if fields and part not in fields and not issubclass(model, Open):
@@ -186,18 +214,23 @@ def _explain(
         if part not in fields:
             path = path[:depth]  # what follows names a branch of a union, which nobody wrote
             break
-        annotation = fields[part].annotation
-        model = (
-            annotation
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel)
-            else None
-        )
+        kind = fields[part].annotation
+        model = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
     place = next((where[path[:n]] for n in range(len(path), 0, -1) if path[:n] in where), source)
     dotted = ".".join(path)
     if error["type"] == "extra_forbidden":
         return dotted, f"{place}: unknown key {dotted!r}; {nearest(path[-1], known)}"
+    if len(branches(kind)) > 1:
+        return dotted, f"{place}: {dotted}: expected {readable(kind)} (got {_at(raw, path)!r})."
     message = str(error["msg"]).removeprefix("Value error, ")
     return dotted, f"{place}: {dotted or 'configuration'}: {message} (got {error['input']!r})."
+
+
+def _at(raw: Any, path: Sequence[str]) -> Any:
+    """What was written at a path."""
+    for part in path:
+        raw = raw.get(part) if isinstance(raw, Mapping) else None
+    return raw
 
 
 def _keys(node: Any, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:

@@ -1,15 +1,13 @@
 """`flexlora plan`: what a run will take, from configuration files alone. No weight is loaded.
 
 Clients, ranks, parameters and bytes are exact: every round's cohort is replayed and the tensors
-that would travel in a first round are counted. Memory and time are estimates; time takes the speed
-of a matrix product on this machine and the length of a few examples.
+that would travel in a first round are counted. Memory and time are estimates (see `forecast`).
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,19 +15,16 @@ import torch
 from flexlora.adapter import num_parameters
 from flexlora.experiment.build import Experiment, build
 from flexlora.experiment.config import Config
-from flexlora.experiment.errors import MODEL, blame
+from flexlora.experiment.errors import DATA, MODEL, blame
+from flexlora.experiment.forecast import lengths, matmul_speed, memory, seconds
 from flexlora.experiment.initial import cold_state
 from flexlora.federation.ranks import label
 from flexlora.federation.run import enrolled
 from flexlora.federation.sampling import cohort, coverage
 from flexlora.federation.state import Client, Payload
 from flexlora.federation.telemetry import download_bytes, upload_bytes
-from flexlora.training.memory import BYTES_PER_TRAINED_NUMBER, MOST_CLIENTS
+from flexlora.training.memory import Size
 from flexlora.training.models import outline, resolve_dtype
-
-EFFICIENCY = 0.5
-"""Of a large matrix product's speed that training is taken to reach; an assumption."""
-CHARACTERS_PER_TOKEN = 3.5
 
 
 def make_plan(config: Config) -> dict[str, Any]:
@@ -39,53 +34,52 @@ def make_plan(config: Config) -> dict[str, Any]:
         Failure: whatever would stop the run before its first round.
     """
     with blame(MODEL, "model"):
-        shapes, parameters = outline(config.model.name_or_path)
-        device = config.model.device
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        dtype = resolve_dtype(config.model.dtype, device)
-    e = build(config, shapes)
+        model = outline(config.model.name_or_path)
+        where = config.model.device
+        where = ("cuda" if torch.cuda.is_available() else "cpu") if where == "auto" else where
+        device, dtype = torch.device(where), resolve_dtype(config.model.dtype, where)
+    e = build(config, model.shapes)
     payloads = level_payloads(e)
-    traffic = _traffic(e, payloads)
     trained = {name: num_parameters(p.adapter) for name, p in payloads.items()}
-    tokens = _tokens_per_round(e)
-    seconds = tokens * 4 * parameters / (EFFICIENCY * matmul_speed(device, dtype))
-    slots = e.training.group_size
-    slots = min(e.schedule.cohort_size, MOST_CLIENTS if slots == "auto" else slots)
-    schedule, seed = e.schedule, config.federation.seed
+    cohorts = [c for c in _cohorts(e) if c]
+    with blame(DATA, "data"):
+        mean = lengths(e)
+    visits = sum(e.training.draws(c.num_examples) for cohort in cohorts for c in cohort)
+    tokens, schedule = visits * mean.tokens / e.schedule.rounds, e.schedule
+    size = Size.of(model.config)
+    speed = matmul_speed(size.hidden, size.wide, device, dtype)
+    registered = (config.federation.seed, schedule.rounds, list(e.clients), schedule.cohort_size)
     return {
         "model": config.model.name_or_path,
-        "parameters": parameters,
+        "parameters": model.parameters,
         "method": config.method.name,
         "setting": schedule.setting,
         "clients": {"seen": len(e.seen), "unseen": len(e.unseen)},
-        "levels": {
-            name: {
-                "clients": sum(label(c.lora.r) == name for c in e.clients.values()),
-                "trainable_parameters": trained[name],
-                "trainable_share": trained[name] / parameters,
-                "bytes_down": download_bytes(payload, config.federation.wire),
-                "bytes_up": upload_bytes(payload, payload.adapter, config.federation.wire),
-            }
-            for name, payload in payloads.items()
-        },
+        "levels": {name: _level(e, name, payloads[name], model.parameters) for name in payloads},
         "modules": len(e.shapes),
         "rounds": schedule.rounds,
         "clients_per_round": schedule.cohort_size,
-        "coverage": str(
-            coverage(
-                seed, schedule.rounds, list(e.clients), schedule.cohort_size, schedule.drop_out
-            )
+        "coverage": str(coverage(*registered, schedule.drop_out)),
+        "bytes_per_round": _traffic(e, payloads, cohorts),
+        "memory_bytes": memory(
+            e, model, [[trained[label(c.lora.r)] for c in x] for x in cohorts], mean, device, dtype
         ),
-        "bytes_per_round": {name: total // schedule.rounds for name, total in traffic.items()},
-        "memory_bytes": {
-            "base": parameters * dtype.itemsize,
-            "clients_at_once": slots * max(trained.values()) * BYTES_PER_TRAINED_NUMBER,
-            "server": max(trained.values()) * 4 * 3,
-        },
-        "tokens_per_round": tokens,
-        "seconds_per_round": seconds,
-        "seconds_training": seconds * schedule.rounds,
+        "tokens_per_round": round(tokens),
+        "seconds": seconds(e, model, tokens, mean, speed),
+        "flops_per_second": speed,
         "notes": list(e.notes),
+    }
+
+
+def _level(e: Experiment, name: str, payload: Payload, parameters: int) -> dict[str, float]:
+    """What clients of one rank hold and send."""
+    trained, wire = num_parameters(payload.adapter), e.config.federation.wire
+    return {
+        "clients": sum(label(c.lora.r) == name for c in e.clients.values()),
+        "trainable_parameters": trained,
+        "trainable_share": trained / parameters,
+        "bytes_down": download_bytes(payload, wire),
+        "bytes_up": upload_bytes(payload, payload.adapter, wire),
     }
 
 
@@ -100,49 +94,31 @@ def level_payloads(e: Experiment) -> dict[str, Payload]:
     return dict(sorted(payloads.items(), key=lambda item: num_parameters(item[1].adapter)))
 
 
-def _traffic(e: Experiment, payloads: Mapping[str, Payload]) -> dict[str, int]:
-    """Bytes up and down over the whole run, every cohort replayed."""
-    visits: Counter[str] = Counter()
-    for round in range(1, e.schedule.rounds + 1):
-        seed, size = e.config.federation.seed, e.schedule.cohort_size
-        there = enrolled(list(e.clients.values()), e.schedule, round)
-        present = cohort(seed, round, list(there), size, e.schedule.drop_out)
-        visits.update(label(there[c].lora.r) for c in present)
+def _cohorts(e: Experiment) -> list[list[Client]]:
+    """Who takes part in each round, at the rank of that round."""
+    seed, schedule, found = e.config.federation.seed, e.schedule, []
+    for round in range(1, schedule.rounds + 1):
+        there = enrolled(list(e.clients.values()), schedule, round)
+        present = cohort(seed, round, list(there), schedule.cohort_size, schedule.drop_out)
+        found.append([there[c] for c in present])
+    return found
+
+
+def _traffic(
+    e: Experiment, payloads: Mapping[str, Payload], cohorts: Sequence[Sequence[Client]]
+) -> dict[str, int]:
+    """Mean bytes up and down of a round."""
+    visits = Counter(label(client.lora.r) for present in cohorts for client in present)
     wire = e.config.federation.wire
-    return {
-        "up": sum(
-            n * upload_bytes(payloads[r], payloads[r].adapter, wire) for r, n in visits.items()
-        ),
-        "down": sum(n * download_bytes(payloads[r], wire) for r, n in visits.items()),
-    }
-
-
-def _tokens_per_round(e: Experiment) -> int:
-    """Estimated from the characters of a few clients' examples."""
-    limit, lengths = e.config.training.max_length, []
-    for id in e.seen[:8]:
-        for example in list(e.population[id].load("train"))[:16]:
-            text = example.instruction + example.input + example.output
-            lengths.append(min(limit, len(text) / CHARACTERS_PER_TOKEN + 16))
-    visits = [e.training.draws(c.num_examples) for c in e.clients.values()]
-    each = sum(lengths) / len(lengths) * sum(visits) / len(visits)
-    return round(each * e.schedule.cohort_size)
-
-
-def matmul_speed(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a 1,024-wide product; about 0.2 s."""
-    x = torch.randn(1024, 1024, device=device).to(dtype)
-    (x @ x).sum().item()
-    began, products = time.perf_counter(), 0
-    while time.perf_counter() - began < 0.2:
-        (x @ x).sum().item()
-        products += 1
-    return products * 2 * 1024**3 / (time.perf_counter() - began)
+    up = sum(n * upload_bytes(payloads[r], payloads[r].adapter, wire) for r, n in visits.items())
+    down = sum(n * download_bytes(payloads[r], wire) for r, n in visits.items())
+    return {"up": up // e.schedule.rounds, "down": down // e.schedule.rounds}
 
 
 def describe(plan: Mapping[str, Any]) -> str:
     """The plan for people."""
-    memory, traffic = plan["memory_bytes"], plan["bytes_per_round"]
+    held, traffic, took = plan["memory_bytes"], plan["bytes_per_round"], plan["seconds"]
+    product = took["aggregation_per_round"] > 0
     lines = [
         f"{plan['model']}: {plan['parameters'] / 1e6:.1f} M parameters, adapters on "
         f"{plan['modules']} modules; {plan['method']}, {plan['setting']}",
@@ -163,12 +139,13 @@ def describe(plan: Mapping[str, Any]) -> str:
             f"{plan['rounds']} rounds, {plan['clients_per_round']} clients a round: "
             f"{plan['coverage']}",
             f"on average a round moves {_size(traffic['down'])} down, {_size(traffic['up'])} up",
-            f"memory, about: base {_size(memory['base'])}, clients training at once "
-            f"{_size(memory['clients_at_once'])}, server {_size(memory['server'])}; "
-            "activations come on top",
-            f"training, estimated on this machine: {plan['tokens_per_round']:,} tokens and "
-            f"{_time(plan['seconds_per_round'])} a round, {_time(plan['seconds_training'])} "
-            "in all; evaluation comes on top",
+            f"memory while training, estimated: {_size(held['peak'])}: base "
+            f"{_size(held['base'])}, clients training at once {_size(held['clients'])}, "
+            f"activations {_size(held['activations'])}; Python and its libraries come on top",
+            f"time, estimated on this machine: {_time(took['total'])} in all; a round "
+            f"{_time(took['training_per_round'])} for {plan['tokens_per_round']:,} tokens"
+            + (f", {_time(took['aggregation_per_round'])} for aggregation" if product else "")
+            + f"; all evaluations {_time(took['evaluation'])}",
             *plan["notes"],
         ]
     )

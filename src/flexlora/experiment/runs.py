@@ -52,7 +52,8 @@ def create(config: Config, name: str) -> Path:
             folder.mkdir(parents=True)
         else:
             folder = _fresh(Path("runs"), name)
-        text = yaml.safe_dump(plain(config.model_dump()), sort_keys=False, allow_unicode=True)
+        saved = plain(config.model_dump(exclude={"output_dir"}))  # its place is where it lies
+        text = yaml.safe_dump(saved, sort_keys=False, allow_unicode=True)
         write(folder / "config.yaml", text)
     return folder
 

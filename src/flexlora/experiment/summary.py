@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ LABELS = {
     "score": "task's own score",
     "rouge_l_teacher_forced": "ROUGE-L, teacher-forced (as released)",
 }
+NAMED = 6
+"""Clients of a round that are told by name; of more, only how many there are of each rank."""
 NOTE = (
     "A lower loss alone may be format learning: how an answer looks, not whether it is right; "
     "exact match and the answers below say more."
@@ -92,12 +95,19 @@ def round_line(record: RoundRecord, rounds: int, seconds: float) -> str:
     if record.empty:
         told = "nobody answered, the model stays as it was"
     else:
-        names = ", ".join(f"{c} r{max(row['ranks'])}" for c, row in record.clients.items())
-        names = names if len(record.clients) <= 6 else f"{len(record.clients)} clients"
-        told = f"{names}; training loss {record.metrics['loss']:.3f}, "
+        told = f"{_who(record)}; training loss {record.metrics['loss']:.3f}, "
         told += f"{record.bytes_up / 1e6:.1f} MB up, {record.bytes_down / 1e6:.1f} MB down"
     refused = f", {len(record.refused)} refused" if record.refused else ""
     return f"{seconds:5.0f} s  round {record.round}/{rounds}: {told}{refused}"
+
+
+def _who(record: RoundRecord) -> str:
+    """A small cohort by name and rank, a large one as clients per rank."""
+    ranks = {c: (max(row["ranks"]), min(row["ranks"])) for c, row in record.clients.items()}
+    told = {r: f"r{r[0]}" if r[0] == r[1] else f"r{r[1]}-{r[0]}" for r in ranks.values()}
+    if len(ranks) <= NAMED:
+        return ", ".join(f"{c} {told[r]}" for c, r in ranks.items())
+    return ", ".join(f"{n} {told[r]}" for r, n in sorted(Counter(ranks.values()).items()))
 
 
 def evaluation_line(line: Mapping[str, Any]) -> str:

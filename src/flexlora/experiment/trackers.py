@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from flexlora.experiment.errors import Failure
+from flexlora.experiment.errors import Failure, missing
 
 Log = Callable[[Mapping[str, Any], int], None]
 """`log(values, round)`: nested mappings become names with slashes; only numbers are logged."""
@@ -22,7 +22,7 @@ def require(names: Sequence[str]) -> None:
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise Failure(f"report_to: {name!r} is not installed: pip install 'flexlora[{name}]'.")
+            raise Failure(f"report_to: {name!r} is not installed. {missing(name)}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`flexlora validate`: the data of a configuration, its split, and what leaks through it."""
+"""`flexlora validate`: method, ranks and data of a configuration, and what its split leaks."""
 
 from __future__ import annotations
 
@@ -8,29 +8,39 @@ from statistics import median
 from typing import Any
 
 from flexlora.data.splits import leakage
-from flexlora.experiment.build import build_population
+from flexlora.experiment.build import build
 from flexlora.experiment.config import Config
-from flexlora.experiment.errors import DATA, blame
+from flexlora.experiment.errors import DATA, MODEL, blame
+from flexlora.federation.ranks import count
+from flexlora.training.models import outline
 
 
 def check(config: Config) -> dict[str, Any]:
-    """Open the data, split it, read all of it once, and count what seen and unseen share.
+    """Deal out the ranks, read all data once, and count what seen and unseen clients share.
+
+    Of the base model only the configuration is read.
 
     Raises:
-        Failure: data that cannot be read, or a seen client without training examples.
+        Failure: whatever would stop the run before its first round.
     """
-    population, seen, unseen = build_population(config)
+    with blame(MODEL, "model"):
+        shapes = outline(config.model.name_or_path).shapes
+    e = build(config, shapes)
+    population, seen, unseen = e.population, e.seen, e.unseen
     sizes = [population[c].sizes.get("train", 0) for c in seen]
     with blame(DATA, "data"):
         found = leakage(population, seen, unseen) if unseen else None
     return {
+        "method": config.method.name,
+        "modules": len(e.shapes),
+        "ranks": count({id: client.lora.r for id, client in e.clients.items()}),
+        "notes": list(e.notes),
         "clients": len(population),
         "categories": len({t.category for t in population.values()}),
         "seen": len(seen),
         "unseen": len(unseen),
         "unseen_clients": list(unseen),
         "train_examples": {"min": min(sizes), "median": median(sizes), "max": max(sizes)},
-        "without_training_examples": [c for c, n in zip(seen, sizes, strict=True) if n < 1],
         "leakage": None if found is None else {**asdict(found), "text": str(found)},
     }
 
@@ -38,14 +48,16 @@ def check(config: Config) -> dict[str, Any]:
 def describe(found: Mapping[str, Any]) -> str:
     """The same for people."""
     sizes = found["train_examples"]
+    ranks = ", ".join(f"{n} at {rank}" for rank, n in found["ranks"].items())
     lines = [
+        f"{found['method']}; clients per rank: {ranks}; they fit all {found['modules']} target "
+        "modules",
+        *found["notes"],
         f"{found['clients']} clients in {found['categories']} categories: "
         f"{found['seen']} seen, {found['unseen']} unseen",
         f"training examples per seen client: {sizes['min']} to {sizes['max']}, "
         f"median {sizes['median']:g}",
     ]
-    if found["without_training_examples"]:
-        lines.append(f"without training examples: {found['without_training_examples'][:5]}")
     lines.append(
         found["leakage"]["text"]
         if found["leakage"]

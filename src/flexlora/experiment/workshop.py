@@ -13,7 +13,7 @@ from flexlora.experiment.console import Console
 from flexlora.experiment.errors import MODEL, blame
 from flexlora.federation.state import ServerState
 from flexlora.training.client import Progress
-from flexlora.training.models import Base, load_base
+from flexlora.training.models import Base, load_base, outline
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,18 @@ def open_workshop(
     Raises:
         Failure: with the code of what is wrong.
     """
-    if like is not None and like.experiment.config.model == config.model:
-        base = like.base
+    model = config.model
+    known = like.base if like is not None and like.experiment.config.model == model else None
+    if not known:
+        console.progress(f"loading {model.name_or_path}")
+    with blame(MODEL, "model"):
+        shapes = known.shapes if known else outline(model.name_or_path).shapes
+    experiment = build(config, shapes, like.experiment if like else None)  # before any weight
+    if known:
+        base = known
     else:
-        console.progress(f"loading {config.model.name_or_path}")
         with blame(MODEL, "model"):
-            base = load_base(config.model.name_or_path, config.model.dtype, config.model.device)
-    experiment = build(config, base.shapes, like.experiment if like else None)
+            base = load_base(model.name_or_path, model.dtype, model.device)
     prompting = Prompting(
         config.data.template,
         config.training.max_length,

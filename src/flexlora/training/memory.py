@@ -72,8 +72,13 @@ def group_size(wanted: int | Literal["auto"], base: Base, payloads: Sequence[Pay
     if wanted != "auto":
         return min(wanted, len(payloads))
     largest = max(num_parameters(p.adapter) for p in payloads)
-    fit = int(SHARE * free_memory(base) / (BYTES_PER_TRAINED_NUMBER * max(largest, 1)))
-    return max(1, min(len(payloads), MOST_CLIENTS, fit))
+    return auto_clients(len(payloads), largest, free_memory(base))
+
+
+def auto_clients(there: int, largest: int, free: int) -> int:
+    """What `auto` is for so many clients, of at most so many trained numbers, and free bytes."""
+    fit = int(SHARE * free / (BYTES_PER_TRAINED_NUMBER * max(largest, 1)))
+    return max(1, min(there, MOST_CLIENTS, fit))
 
 
 def token_budget(wanted: int | Literal["auto"], base: Base, checkpointed: bool = False) -> int:
@@ -85,9 +90,14 @@ def token_budget(wanted: int | Literal["auto"], base: Base, checkpointed: bool =
     if wanted != "auto":
         return wanted
     size = Size.of(base.model.config)
-    each = size.activations(base.dtype.itemsize, checkpointed) + size.logits  # all tokens labels
-    fit = int(SHARE * free_memory(base) / each)
-    return max(128, min(2048 if base.device.type == "cpu" else 32768, fit))
+    return auto_tokens(size, base.dtype.itemsize, base.device, checkpointed)
+
+
+def auto_tokens(size: Size, itemsize: int, device: torch.device, checkpointed: bool = False) -> int:
+    """What `auto` is for a model of this size, before or after it is loaded."""
+    each = size.activations(itemsize, checkpointed) + size.logits  # all tokens labels
+    fit = int(SHARE * free_on(device) / each)
+    return max(128, min(2048 if device.type == "cpu" else 32768, fit))
 
 
 @dataclass(frozen=True)
@@ -160,6 +170,11 @@ def peak_bytes(
 
 def free_memory(base: Base) -> int:
     """Bytes that are free where the base model is."""
-    if base.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(base.device)[0])
+    return free_on(base.device)
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)

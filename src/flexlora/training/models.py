@@ -116,8 +116,23 @@ def as_base(model: PreTrainedModel, tokenizer: Any, name: str) -> Base:
     return Base(model, tokenizer, name, fingerprint(model), linear_shapes(model), flat)
 
 
-def outline(model: str) -> tuple[dict[str, tuple[int, int]], int]:
-    """Linear layers and number of parameters, from a model's configuration: no weight is read.
+@dataclass(frozen=True)
+class Outline:
+    """What a model's configuration tells.
+
+    Attributes:
+        shapes: module path -> `(d_out, d_in)`, as in :class:`Base`.
+        parameters: their number.
+        config: the transformers configuration itself.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    parameters: int
+    config: Any
+
+
+def outline(model: str) -> Outline:
+    """What a model will be, from its configuration: no weight is read.
 
     Raises:
         ModelError: not found, or a configuration that cannot be read.
@@ -129,7 +144,20 @@ def outline(model: str) -> tuple[dict[str, tuple[int, int]], int]:
             empty = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {model!r}: no configuration: {_first_line(error)}") from error
-    return linear_shapes(empty), sum(p.numel() for p in empty.parameters())
+    return Outline(linear_shapes(empty), sum(p.numel() for p in empty.parameters()), config)
+
+
+def tokenizer_of(model: str) -> Any:
+    """A model's tokenizer alone.
+
+    Raises:
+        ModelError: not found, or not readable.
+    """
+    source = find(model)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {model!r}: no tokenizer: {_first_line(error)}") from error
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -253,7 +281,7 @@ def converted(gguf: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"model {gguf.name}: reading GGUF needs: pip install 'flexlora[demo]'.")
+        raise ModelError(f'model {gguf.name}: reading GGUF needs: pip install "flexlora[demo]".')
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

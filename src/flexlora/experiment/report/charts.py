@@ -90,7 +90,7 @@ def _svg(
     try:
         import matplotlib
     except ImportError as error:
-        message = "a report needs matplotlib: pip install 'flexlora[plots]'"
+        message = 'a report needs matplotlib: pip install "flexlora[plots]"'
         raise Failure(message, USAGE) from error
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
