@@ -52,6 +52,21 @@ class Model(Section):
     multiplies it natively, otherwise float32."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes a GPU where there is one."""
+    load_in_4bit: bool = False
+    """Hold the base in 4 bits (NF4), on a GPU, by `flexlora[quantized]`; not yet run on a GPU."""
+    load_in_8bit: bool = False
+    """The same in 8 bits (LLM.int8)."""
+
+    @property
+    def bits(self) -> int | None:
+        """Of a weight, if the base is quantized."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+    @model_validator(mode="after")
+    def _one(self) -> Model:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit are both true; set one")
+        return self
 
 
 class Unseen(Section):

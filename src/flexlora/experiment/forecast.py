@@ -183,6 +183,9 @@ def memory(
     labels = round(tokens * mean.labels / mean.tokens)
     peak = peak_bytes(size, dtype.itemsize, there, tokens, labels, training.gradient_checkpointing)
     base = outline.parameters * dtype.itemsize
+    if e.config.model.bits:
+        linear = sum(d_out * d_in for d_out, d_in in outline.shapes.values())
+        base -= linear * dtype.itemsize - linear * e.config.model.bits // 8
     return {"base": base, **peak, "peak": base + sum(peak.values())}
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from flexlora.engines.embedded import Embedded, Prompting
 from flexlora.experiment.build import Experiment, build
 from flexlora.experiment.config import Config
@@ -13,7 +15,8 @@ from flexlora.experiment.console import Console
 from flexlora.experiment.errors import MODEL, blame
 from flexlora.federation.state import ServerState
 from flexlora.training.client import Progress
-from flexlora.training.models import Base, load_base, outline
+from flexlora.training.models import Base, load_base, outline, resolve_dtype
+from flexlora.training.quantized import quantization
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,15 @@ def open_workshop(
     if not known:
         console.progress(f"loading {model.name_or_path}")
     with blame(MODEL, "model"):
+        kind = resolve_dtype(model.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+        options = quantization(model.bits, kind, model.device)
         shapes = known.shapes if known else outline(model.name_or_path).shapes
     experiment = build(config, shapes, like.experiment if like else None)  # before any weight
     if known:
         base = known
     else:
         with blame(MODEL, "model"):
-            base = load_base(model.name_or_path, model.dtype, model.device)
+            base = load_base(model.name_or_path, model.dtype, model.device, **options)
     prompting = Prompting(
         config.data.template,
         config.training.max_length,

@@ -225,6 +225,8 @@ class Bank:
 
     def _add(self, module: str, route: Route, _: nn.Module, args: Any, out: Tensor) -> Tensor:
         """The hook: `W0 x` in, `W0 x + sum of terms` out."""
+        if out._is_view():  # of a quantized layer's own Function: not to be written in place
+            out = out.clone()
         x = args[0].reshape(-1, args[0].shape[-1])
         spans = route.spans(x.shape[0])
         kept = route.dropout.apply(x, module) if route.dropout else x
