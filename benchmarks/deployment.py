@@ -1,9 +1,9 @@
-"""What deployment costs: python benchmarks/deployment.py   (two minutes on two cores)
+"""What deployment costs: python benchmarks/deployment.py   (four minutes on two cores)
 
-Asserts that the Flower engine's round is, bit for bit, the embedded engine's, then times. Messages
-are real Flower messages, deflated and inflated, on an in-process grid: no sockets, no TLS, no
-process start. Server and nodes share one process, so its peak memory holds both sides. The last
-line of stdout is one JSON object.
+Asserts that the Flower engine's round is, bit for bit, the embedded engine's, then times. First on
+an in-process grid: real Flower messages, deflated and inflated, but no sockets, no TLS, no process
+start; server and nodes share one process, so its peak memory holds both sides. Then over real
+processes, TLS and node keys (deployment_tls.py). The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -211,12 +211,22 @@ def main() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     llama = json.loads(done.stdout)
     print(f"\nLLaMA-3-8B, rank 64, bfloat16, there and back: {llama}")
+    command = [sys.executable, str(Path(__file__).with_name("deployment_tls.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    tls = json.loads(done.stdout.splitlines()[-1])
+    print("\nreal processes, TLS, node keys")
+    for row in tls["rounds"]:
+        print(
+            f"{row['mb']:>5} MB {row['nodes']:>5} nodes {row['seconds']:>8.2f} s/round, of which "
+            f"{row['seconds_moving']:.2f} there and back; server app {row['server_mib']} MiB"
+        )
+    print(f"peak MiB {tls['peak_mib']}, database {tls['database_mb']} MB")
     rate = admitted_per_second()
     print(f"\n{rate:.0f} updates of 9 MB a second from bytes to admitted")
     for wire, found in wires.items():
         print(f"{wire}: {found}")
     about = {"threads": torch.get_num_threads(), "admitted_per_second": round(rate, 1)}
-    print(json.dumps({**about, "rounds": sizes, "wire": wires, "llama_3_8b": llama}))
+    print(json.dumps({**about, "rounds": sizes, "tls": tls, "wire": wires, "llama_3_8b": llama}))
 
 
 if __name__ == "__main__":

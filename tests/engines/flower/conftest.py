@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 from collections.abc import Iterator
 
@@ -16,8 +15,7 @@ def lab(tmp_path, tiny_model_dir) -> Iterator[Lab]:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 pytest.skip(f"port {port} is in use")
-    public = 19443 if shutil.which("nginx") else 18443
-    made = Lab(tmp_path, tiny_model_dir, public)
+    made = Lab(tmp_path, tiny_model_dir)
     yield made
     made.stop()
 

@@ -34,8 +34,9 @@ def blocks() -> list[str]:
 class Lab:
     """A shell in a copy of the repository's examples, with the walk-through's steps in it."""
 
-    def __init__(self, folder: Path, model: Path, public: int) -> None:
-        self.folder, self.lab, self.model, self.public = folder, folder / "lab", model, public
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.lab, self.model = folder, folder / "lab", model
+        self.public = 19443 if shutil.which("nginx") else 18443
         self.started: list[str] = []
         (folder / "examples").mkdir(parents=True)
         shutil.copytree(ROOT / "examples" / "deployment", folder / "examples" / "deployment")

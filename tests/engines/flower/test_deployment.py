@@ -6,16 +6,14 @@ import json
 import re
 import shutil
 import time
-from pathlib import Path
 
 import pytest
+from engines.flower.lab import blocks, without_nginx
 
 from flexlora.experiment import runs
 from flexlora.federation import ledger
 
 pytest.importorskip("flwr", reason="needs flwr: pip install 'flexlora[flower]'")
-ROOT = Path(__file__).resolve().parents[3]
-PORTS = (18443, 19443, 19091, 19092, 19093)
 
 
 def test_the_walk_through_as_written(lab):
