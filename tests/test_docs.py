@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 WALKED = {"deploy.md"}
 """Run as written, with real processes, by tests/engines/flower/test_deployment.py."""
-ELSEWHERE = {"git", "cd"}
+ELSEWHERE = {"git", "cd", "source"}
 QUICK = {
     "training.max_steps": 1, "evaluation.max_new_tokens": 2, "evaluation.max_generated": 1,
     "federation.rounds": 1,
@@ -180,8 +180,8 @@ def test_reference_pages_hold_everything_there_is():
             assert f"`{key}`\n: " in configuration
             assert inner.description, f"{section}.{key} has no description"
     assert all(f"| `{name}` |" in reference.methods() for name in methods)
-    for verb in cli.VERBS:
-        assert f"## `flexlora {verb.__name__}`" in verbs
+    for command in cli.app.registered_commands:
+        assert f"## `flexlora {command.callback.__name__}`" in verbs
 
 
 def test_exit_codes_are_those_of_the_program():

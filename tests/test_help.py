@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import typer
 
 from flexlora import cli
 from flexlora.experiment.errors import EXTRAS, missing
 from flexlora.methods import methods
+
+VERBS = typer.main.get_command(cli.app).commands
 
 
 @pytest.fixture
@@ -24,28 +27,30 @@ def flexlora(capsys):
     return call
 
 
-@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.__name__)
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_of_every_verb_tells_of_every_word(flexlora, verb, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-    code, out, _ = flexlora(verb.__name__, "--help")
+    code, out, _ = flexlora(verb, "--help")
     assert code == 0
-    assert verb.__doc__ in out
-    for word in cli.VERBS[verb]:
-        shown = word.name if word.name.startswith("-") else word.name.upper()
-        [line] = [x for x in out.splitlines() if x.startswith(f"  {shown} ")]
-        assert word.help in line
-        assert word.default is None or f"Default: {word.default}." in line
+    assert VERBS[verb].help in out
+    for word in VERBS[verb].params:
+        if word.param_type_name == "argument":  # typer below 0.21 loses their help
+            assert word.metavar in VERBS[verb].help
+            continue
+        [line] = [x for x in out.splitlines() if word.help in x]
+        assert word.opts[0] in line
+        if word.default and not word.is_flag:
+            assert f"[default: {word.default}]" in line
     assert "\\" not in out
-    takes = set(verb.__annotations__) - {"return", "overrides"}
-    assert takes == {word.name.lstrip("-") for word in cli.VERBS[verb]}
-    assert ("--training.learning_rate" in out) == ("overrides" in verb.__annotations__)
+    takes = VERBS[verb].context_settings.get("allow_extra_args", False)
+    assert ("--training.learning_rate" in out) == takes
 
 
 def test_without_a_verb_it_helps(flexlora):
     code, out, err = flexlora()
     assert (code, err) == (0, "")
-    assert out == flexlora("--help")[1]
-    assert all(f"    {verb.__name__} " in out for verb in cli.VERBS)
+    assert out.split() == flexlora("--help")[1].split()
+    assert all(f" {verb} " in out for verb in VERBS)
 
 
 def test_version(flexlora):
@@ -57,12 +62,15 @@ def test_version(flexlora):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["expor"], "no verb 'expor'; did you mean 'export'?"),
-        (["--foo"], "unknown option '--foo'"),
-        (["export", "run"], "the following arguments are required: TO"),
-        (["export", "run", "to", "--rank", "x"], "argument --rank: invalid int value: 'x'"),
-        (["evaluate", "run", "--split", "tset"], "invalid choice: 'tset'"),
-        (["resume", "run", "--lora.r", "4"], "resume takes no '--lora.r 4'"),
+        (["expor"], "No such command 'expor'."),
+        (["--foo"], "No such option"),
+        (["export", "run"], "Missing argument 'TO'"),
+        (
+            ["export", "run", "to", "--rank", "x"],
+            "Invalid value for '--rank': 'x' is not a valid int",
+        ),
+        (["evaluate", "run", "--split", "tset"], "'tset' is not one of 'train', 'eval', 'test'"),
+        (["resume", "run", "--lora.r", "4"], "No such option"),
         (["methods", "flexlor"], "no method 'flexlor'; did you mean 'flexlora'?"),
     ],
 )
@@ -105,7 +113,7 @@ def test_a_missing_package_is_named_with_its_extra(flexlora, monkeypatch):
     import tomllib
     from pathlib import Path
 
-    from flexlora.experiment import load
+    from flexlora.experiment import load, run  # noqa: F401, all of it, before it is patched
 
     def absent(*_):
         raise ModuleNotFoundError("No module named 'flwr'", name="flwr")

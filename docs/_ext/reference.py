@@ -141,11 +141,18 @@ def ranks() -> str:
 
 def verbs() -> str:
     """The help of every verb, as the terminal shows it."""
-    from flexlora.cli import parsers
+    from typer.testing import CliRunner
 
-    _, found = parsers()
-    texts = {name: parser.format_help() for name, parser in found.items()}
-    return "\n".join(f"## `flexlora {n}`\n\n```text\n{text}```\n" for n, text in texts.items())
+    from flexlora.cli import app
+
+    parts, terminal = [], CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1"})
+    for command in app.registered_commands:
+        assert command.callback
+        name = command.callback.__name__
+        text = terminal.invoke(app, [name, "--help"]).output
+        lines = "\n".join(line.rstrip() for line in text.strip().splitlines())
+        parts.append(f"## `flexlora {name}`\n\n```text\n{lines}\n```\n")
+    return "\n".join(parts)
 
 
 def names() -> str:

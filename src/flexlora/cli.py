@@ -6,148 +6,201 @@ Exit codes: 0 done; 1 a bug; 2 command line or configuration; 3 data; 4 base mod
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any
 
-from flexlora.experiment.errors import INTERRUPTED, USAGE, Failure, missing, nearest
+import typer
 
-ABOUT = "Federated LoRA fine-tuning of language models, every client at the rank it can afford."
-CODES = (
-    "Any verb takes --debug: show the traceback of an error. Exit codes: 0 done, 1 a bug, 2 "
-    "command line or configuration, 3 data, 4 base model or adapter, 5 run directory or disk, 130 "
-    "interrupted."
-)
-OVERRIDES = "Anything in the configuration can be set: --training.learning_rate 5e-5."
-
-Format = Literal["text", "json"]
-
-
-@dataclass(frozen=True)
-class Word:
-    """One argument of a verb: its name, what help says of it, and how it is read."""
-
-    name: str
-    help: str
-    kind: Callable[[str], Any] | None = None
-    choices: tuple[str, ...] | None = None
-    default: Any = None
-    optional: bool = False
-
-    def add(self, parser: argparse.ArgumentParser) -> None:
-        """Teach it to a parser."""
-        told = self.help if self.default is None else f"{self.help} Default: {self.default}."
-        if self.kind is bool:
-            parser.add_argument(self.name, action="store_true", help=told)
-            return
-        rest: dict[str, Any] = {"choices": self.choices, "default": self.default}
-        rest |= {"type": self.kind or str, "help": told}
-        if not self.name.startswith("-"):
-            rest |= {"metavar": self.name.upper()} | ({"nargs": "?"} if self.optional else {})
-        elif self.choices is None:
-            rest["metavar"] = "FILE" if self.kind is Path else "NUMBER"
-        parser.add_argument(self.name, **rest)
-
-
-RECIPE = Word("recipe", "A YAML file, or a shipped recipe such as quickstart.")
-COMPARISON = Word("recipe", "A YAML file, or a shipped recipe such as compare-ranks-cpu.")
-RUN = Word("run", "The directory of a run.", Path)
-FORMAT = Word(
-    "--format", "json: one object on the last line of stdout.", None, ("text", "json"), "text"
+app = typer.Typer(
+    help="Federated LoRA fine-tuning of language models, every client at the rank it can afford.",
+    epilog="Any verb takes --debug: show the traceback of an error. Exit codes: 0 done, 1 a bug, "
+    "2 command line or configuration, 3 data, 4 base model or adapter, 5 run directory or disk, "
+    "130 interrupted.",
+    add_completion=False,
+    suggest_commands=False,  # click does
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
 )
 
+OVERRIDES: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    "epilog": "Anything in the configuration can be set: --training.learning_rate 5e-5.",
+}
+"""What such a verb does not know is an override of the configuration, `--section.key value`."""
 
-def run(recipe: str, format: Format, overrides: Sequence[str]) -> None:
-    """Run a federated fine-tuning."""
+
+class Split(StrEnum):
+    """A part of a client's examples."""
+
+    train = "train"
+    eval = "eval"
+    test = "test"
+
+
+class Format(StrEnum):
+    """How results are printed."""
+
+    text = "text"
+    json = "json"
+
+
+# What arguments mean stands in the verbs' docstrings: typer below 0.21, which flwr asks for, loses
+# the help of an argument on click 8.4 and later.
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN")]
+As = Annotated[
+    Format, typer.Option("--format", help="json: one object on the last line of stdout.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Help, where nothing is asked for."""
+    if version:
+        from importlib.metadata import version as version_of
+
+        print(f"flexlora {version_of('flexlora')}")
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help().rstrip())
+
+
+@app.command(**OVERRIDES)
+def run(ctx: typer.Context, recipe: Recipe, format: As = Format.text) -> None:
+    """Run the federated fine-tuning of RECIPE: a YAML file, or a shipped one such as quickstart."""
     from flexlora.experiment.load import load_config
     from flexlora.experiment.run import start
 
-    config = load_config(recipe, overrides)
+    config = load_config(recipe, ctx.args)
     with _console(format) as console:
         summary = start(config, Path(recipe).stem, console)
     _finish(summary, format)
 
 
-def resume(run: Path, format: Format) -> None:
-    """Continue a run that was stopped or killed, exactly where its last checkpoint is."""
+@app.command()
+def resume(folder: RunDir, format: As = Format.text) -> None:
+    """Continue the run in the folder RUN, stopped or killed, exactly from its last checkpoint."""
     from flexlora.experiment.run import proceed
 
     with _console(format) as console:
-        summary = proceed(run, console)
+        summary = proceed(folder, console)
     _finish(summary, format)
 
 
-def status(run: Path, format: Format) -> None:
-    """Where a run stands: rounds, who is connected, ranks, bytes, who was refused."""
+@app.command()
+def status(folder: RunDir, format: As = Format.text) -> None:
+    """Where the run in RUN stands: rounds, who is connected, ranks, bytes, who was refused."""
     from flexlora.experiment.status import describe, status
 
-    _print(status(run), format, describe)
+    _print(status(folder), format, describe)
 
 
-def demo(format: Format, overrides: Sequence[str]) -> None:
+@app.command(**OVERRIDES)
+def demo(ctx: typer.Context, format: As = Format.text) -> None:
     """Run the recipe quickstart: a 135M model, reasoning tasks, minutes on two CPU cores."""
-    run("quickstart", format, overrides)
+    run(ctx, "quickstart", format)
 
 
-def plan(recipe: str, format: Format, overrides: Sequence[str]) -> None:
-    """What a run will be before it starts: clients, ranks, parameters, memory, bytes, time."""
+@app.command(**OVERRIDES)
+def plan(ctx: typer.Context, recipe: Recipe, format: As = Format.text) -> None:
+    """What a run of RECIPE will be: clients, ranks, parameters, memory, bytes, time."""
     from flexlora.experiment.load import load_config
     from flexlora.experiment.plan import describe, make_plan
 
-    _print(make_plan(load_config(recipe, overrides)), format, describe)
-
-
-def validate(recipe: str, format: Format, overrides: Sequence[str]) -> None:
-    """Check a configuration, its ranks and its data; print what seen and unseen clients share."""
-    from flexlora.experiment.load import load_config
-    from flexlora.experiment.validate import check, describe
-
-    _print(check(load_config(recipe, overrides)), format, describe)
-
-
-def evaluate(run: Path, adapter: Path | None, split: Any, format: Format) -> None:
-    """Measure a run's adapter, or any other, on the run's seen and unseen clients."""
-    from flexlora.experiment.evaluation import describe, evaluate_run
-
-    with _console(format) as console:
-        found = evaluate_run(run, adapter, split, console)
+    found = make_plan(load_config(recipe, ctx.args))
     _print(found, format, describe)
 
 
-def export(run: Path, to: Path, rank: int | None, energy: float | None, merged: bool) -> None:
-    """Write the global adapter as a PEFT folder, at any rank, or merged into the model."""
+@app.command(**OVERRIDES)
+def validate(ctx: typer.Context, recipe: Recipe, format: As = Format.text) -> None:
+    """Check RECIPE, its ranks and its data; print what seen and unseen clients share."""
+    from flexlora.experiment.load import load_config
+    from flexlora.experiment.validate import check, describe
+
+    found = check(load_config(recipe, ctx.args))
+    _print(found, format, describe)
+
+
+@app.command()
+def evaluate(
+    folder: RunDir,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A PEFT folder instead of the run's own adapter.")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Which of the clients' examples.")] = Split.test,
+    format: As = Format.text,
+) -> None:
+    """Measure the adapter of the run in RUN, or any other, on its seen and unseen clients."""
+    from flexlora.experiment.evaluation import describe, evaluate_run
+
+    with _console(format) as console:
+        found = evaluate_run(folder, adapter, split.value, console)
+    _print(found, format, describe)
+
+
+@app.command()
+def export(
+    folder: RunDir,
+    to: Annotated[Path, typer.Argument(metavar="TO")],
+    rank: Annotated[int | None, typer.Option(help="Rank of every module.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Smallest rank that keeps this share of every update.")
+    ] = None,
+    merged: Annotated[
+        bool, typer.Option(help="The whole model with the update merged in.")
+    ] = False,
+) -> None:
+    """Write the global adapter of RUN to a new folder TO: PEFT's, at any rank, or merged."""
     from flexlora.experiment.export import export_run
 
-    print(export_run(run, to, rank, energy, merged))
+    print(export_run(folder, to, rank, energy, merged))
 
 
-def compare(recipe: str, format: Format, overrides: Sequence[str]) -> None:
-    """Run methods x ranks x settings x seeds, each cell resumable, and test the differences."""
+@app.command(**OVERRIDES)
+def compare(
+    ctx: typer.Context,
+    recipe: Recipe,
+    format: As = Format.text,
+) -> None:
+    """Run RECIPE's methods x ranks x settings x seeds, resumable, and test the differences."""
     from flexlora.experiment.compare.grid import load_comparison
     from flexlora.experiment.compare.run import compare
 
-    comparison = load_comparison(recipe, overrides)
+    comparison = load_comparison(recipe, ctx.args)
     folder = Path(comparison.output_dir or Path("comparisons") / Path(recipe).stem)
     with _console(format) as console:
         found = compare(comparison, folder, console)
     _finish(found, format)
 
 
-def report(dir: Path, to: Path | None) -> None:
-    """Write one self-contained HTML file about a run or a comparison; it needs no network."""
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    to: Annotated[
+        Path | None, typer.Option(help="File to write; default: report.html in DIR.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML file about the run or comparison in DIR; needs no network."""
     from flexlora.experiment.report.page import write_report
 
-    print(write_report(dir, to))
+    print(write_report(folder, to))
 
 
-def methods(name: str | None, format: Format) -> None:
-    """List the methods with what is true of each, data loaders, rank plans and trackers."""
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="NAME")] = None,
+    format: As = Format.text,
+) -> None:
+    """List methods, with what is true of each, loaders, rank plans, trackers; or NAME in full."""
     from flexlora.experiment.catalogue import catalogue, describe, describe_method, one_method
 
     if name is None:
@@ -156,6 +209,7 @@ def methods(name: str | None, format: Format) -> None:
         _print(one_method(name), format, describe_method)
 
 
+@app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration."""
     from flexlora.experiment.config import Config
@@ -163,125 +217,39 @@ def schema() -> None:
     print(json.dumps(Config.model_json_schema(), indent=2))
 
 
-VERBS: dict[Callable[..., None], tuple[Word, ...]] = {
-    run: (RECIPE, FORMAT),
-    resume: (RUN, FORMAT),
-    status: (RUN, FORMAT),
-    demo: (FORMAT,),
-    plan: (RECIPE, FORMAT),
-    validate: (RECIPE, FORMAT),
-    evaluate: (
-        RUN,
-        Word("--adapter", "A PEFT folder instead of the run's own adapter.", Path),
-        Word("--split", "Which of the clients' examples.", None, ("train", "eval", "test"), "test"),
-        FORMAT,
-    ),
-    export: (
-        RUN,
-        Word("to", "Folder to write; it must not exist.", Path),
-        Word("--rank", "Rank of every module.", int),
-        Word("--energy", "Smallest rank that keeps this share of every update.", float),
-        Word("--merged", "The whole model with the update merged in.", bool),
-    ),
-    compare: (COMPARISON, FORMAT),
-    report: (
-        Word("dir", "Of a run or of a comparison.", Path),
-        Word("--to", "File to write. Default: report.html in DIR.", Path),
-    ),
-    methods: (Word("name", "Show one method in full.", optional=True), FORMAT),
-    schema: (),
-}
-"""Every verb with its arguments. One whose function takes `overrides` takes any `--a.b value`."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors are one message and exit code 2, like every other error."""
-
-    def error(self, message: str) -> NoReturn:
-        """What argparse calls.
-
-        Raises:
-            Failure: always.
-        """
-        raise Failure(f"{message}; see {self.prog} --help", USAGE)
-
-
-def parsers() -> tuple[Parser, dict[str, Parser]]:
-    """The program's parser, and that of every verb."""
-    top = Parser(prog="flexlora", description=ABOUT, epilog=CODES, allow_abbrev=False)
-    top.add_argument("--version", action="store_true", help="print the version and exit")
-    verbs = top.add_subparsers(metavar="VERB", dest="verb", title="verbs")
-    found = {}
-    for verb, words in VERBS.items():
-        name, told = verb.__name__, verb.__doc__
-        epilog = OVERRIDES if "overrides" in verb.__annotations__ else None
-        parser = found[name] = verbs.add_parser(
-            name,
-            help=told,
-            description=told,
-            epilog=epilog,
-            allow_abbrev=False,
-            formatter_class=partial(argparse.HelpFormatter, max_help_position=30),
-        )
-        for word in words:
-            word.add(parser)
-    return top, found
-
-
-def dispatch(words: Sequence[str]) -> None:
-    """Do what a command line says.
-
-    Raises:
-        Failure: a word that nobody knows, or what the verb refuses.
-    """
-    known = {verb.__name__: verb for verb in VERBS}
-    if words and not words[0].startswith("-") and words[0] not in known:
-        raise Failure(f"no verb {words[0]!r}; {nearest(words[0], known)}")
-    top, _ = parsers()
-    options, rest = top.parse_known_args(words)
-    given = vars(options)
-    name, version = given.pop("verb"), given.pop("version")
-    if version:
-        from importlib.metadata import version as version_of
-
-        print(f"flexlora {version_of('flexlora')}")
-    elif name is None:
-        if rest:
-            top.error(f"unknown option {rest[0]!r}")
-        top.print_help()
-    elif "overrides" in known[name].__annotations__:
-        known[name](**given, overrides=rest)
-    elif rest:
-        raise Failure(f"{name} takes no {' '.join(rest)!r}; see flexlora {name} --help")
-    else:
-        known[name](**given)
-
-
 def _console(format: Format) -> Any:
     """Where people read: stdout, or stderr when a program reads stdout."""
     from flexlora.experiment.console import Console
 
-    return Console(sys.stderr if format == "json" else sys.stdout)
+    return Console(sys.stderr if format is Format.json else sys.stdout)
 
 
 def _finish(summary: dict[str, Any], format: Format) -> None:
-    if format == "json":
+    if format is Format.json:
         print(json.dumps(summary))
 
 
-def _print(found: Any, format: Format, describe: Callable[[Any], str]) -> None:
-    print(json.dumps(found) if format == "json" else describe(found))
+def _print(found: Any, format: Format, describe: Any) -> None:
+    print(json.dumps(found) if format is Format.json else describe(found))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: errors become one message and an exit code; `--debug` shows the traceback."""
+    import click
+
+    from flexlora.experiment.errors import INTERRUPTED, USAGE, Failure, missing
+
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
-        dispatch([w for w in words if w != "--debug"])
+        words = [w for w in words if w != "--debug"]
+        if app(words, prog_name="flexlora", standalone_mode=False) == INTERRUPTED:
+            raise KeyboardInterrupt  # typer returns what it caught
+    except click.ClickException as error:
+        _stop(error.format_message() or "see flexlora --help", USAGE, debug)
     except Failure as error:
         _stop(str(error), error.code, debug)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):
         _stop("interrupted; flexlora resume RUN goes on from the last checkpoint", INTERRUPTED)
     except ModuleNotFoundError as error:
         _stop(f"{error}. {missing(error.name or '')}", 1, debug)
