@@ -79,6 +79,7 @@ class Watching:
     ) -> Iterator[Update | Refusal]:
         """The engine's answers."""
         self.board.round = payloads[0].round
+        self.board._write()
         for answer in self.flower.train(payloads, clients):
             self.board.traffic(self.flower)
             yield answer

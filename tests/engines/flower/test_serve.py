@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 pytest.importorskip("flwr", reason="needs flwr: pip install 'flexlora[flower]'")
 
 from engines.flower.inproc import InProcess
 
-from flexlora.cli import app
+from flexlora import cli
 from flexlora.engines.flower.client import make_client_app
 from flexlora.engines.flower.grid import Flower
 from flexlora.experiment import deployed, runs
@@ -74,7 +73,7 @@ def terms(tmp_path, config, **more):
     }
 
 
-def test_a_run_from_greeting_to_export(tmp_path, config, grid):
+def test_a_run_from_greeting_to_export(tmp_path, config, grid, capsys):
     summary = deployed.serve(grid, terms(tmp_path, config))
     run = tmp_path / "run"
     assert summary["rounds"] == 3
@@ -92,13 +91,13 @@ def test_a_run_from_greeting_to_export(tmp_path, config, grid):
         (["evaluate", str(run)], "seen, mean over clients"),
         (["resume", str(run)], "is finished"),
     ):
-        done = CliRunner().invoke(app, words, catch_exceptions=False)
-        assert told in done.output
+        cli.main(words)
+        assert told in capsys.readouterr().out
     assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
 
 
 def test_a_server_that_stops_after_a_round_goes_on_to_the_same_state(
-    tmp_path, config, grid, monkeypatch
+    tmp_path, config, grid, monkeypatch, capsys
 ):
     deployed.serve(grid, terms(tmp_path, config))
     whole, _ = load_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[-1])
@@ -113,7 +112,8 @@ def test_a_server_that_stops_after_a_round_goes_on_to_the_same_state(
     with pytest.raises(KeyboardInterrupt):
         deployed.serve(grid, again)
     monkeypatch.setattr(deployed, "rounds", real)
-    status = CliRunner().invoke(app, ["status", str(tmp_path / "again")]).output
+    cli.main(["status", str(tmp_path / "again")])
+    status = capsys.readouterr().out
     assert "not finished, 1 of 3" in status
     assert "north" in status
     deployed.serve(grid, again)
@@ -143,6 +143,19 @@ def test_a_server_that_stops_within_a_round_asks_only_those_it_lacks(
     assert asked == [3, 2, 3, 3]
     resumed, _ = load_checkpoint(checkpoints(tmp_path / "again" / "checkpoints")[-1])
     assert fingerprint(resumed) == fingerprint(whole)
+
+
+def test_status_names_the_round_before_anyone_has_answered(
+    tmp_path, config, grid, monkeypatch, capsys
+):
+    def interrupted(self, payloads, clients):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Flower, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        deployed.serve(grid, terms(tmp_path, config))
+    cli.main(["status", str(tmp_path / "run")])
+    assert "running, in round 1" in capsys.readouterr().out
 
 
 def test_too_few_nodes_is_an_error_that_says_who_was_turned_away(tmp_path, config, grid):
@@ -211,14 +224,10 @@ def test_the_same_plan_is_the_same_run_on_one_machine_bit_for_bit(
     deployed.serve(grid, terms(tmp_path, config))
     if wishes:
         settings(config, lora={"r": {**dict.fromkeys(SITES, 16), **wishes}})
-    done = CliRunner().invoke(
-        app,
-        ["run", str(config), "--output_dir", str(tmp_path / "embedded"), "--evaluation.samples=0"],
-        catch_exceptions=False,
-    )
-    assert done.exit_code == 0, done.output
-    ours, theirs = last_state(tmp_path / "run"), last_state(tmp_path / "embedded")
-    assert admitted_ranks(tmp_path / "run") == admitted_ranks(tmp_path / "embedded")
+    embedded = tmp_path / "embedded"
+    cli.main(["run", str(config), "--output_dir", str(embedded), "--evaluation.samples=0"])
+    ours, theirs = last_state(tmp_path / "run"), last_state(embedded)
+    assert admitted_ranks(tmp_path / "run") == admitted_ranks(embedded)
     assert fingerprint(ours) == fingerprint(theirs)
 
 
