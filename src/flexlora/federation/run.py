@@ -85,10 +85,12 @@ def _rounds(
     rules: Rules,
 ) -> Iterator[tuple[ServerState, RoundRecord]]:
     size = schedule.cohort_size
+    by_id: dict[str, Client] = {}
     while state.round < schedule.rounds:
         round = state.round + 1
-        by_id = enrolled(clients, schedule, round)
-        ids = list(by_id)
+        if not by_id or round in schedule.changes:  # not every round: there may be many
+            by_id = enrolled(clients, schedule, round)
+            ids = list(by_id)
         invited = cohort(state.seed, round, ids, size)
         present = cohort(state.seed, round, ids, size, schedule.drop_out)
         state, record = run_round(method, state, [by_id[c] for c in present], engine, spool, rules)
