@@ -64,6 +64,7 @@ def test_one_way(path):
         assert path.relative_to(SOURCE).as_posix() in {
             "training/models.py",
             "training/attention.py",
+            "training/quantized.py",
         }
 
 

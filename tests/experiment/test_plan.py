@@ -58,7 +58,7 @@ def test_time_covers_training_and_evaluation(tmp_path, no_weights, monkeypatch):
         return plan.make_plan(load_config(path, words))["seconds"]
 
     found = took()
-    parts = 2 * (found["training_per_round"] + found["aggregation_per_round"])
+    parts = 2 * (found["training_per_round"] + found["server_per_round"])
     assert found["total"] == pytest.approx(parts + found["evaluation"])
     assert 0 < took("--evaluation.every", "0")["evaluation"] < found["evaluation"]
     assert took("--evaluation.max_clients", "1")["evaluation"] < found["evaluation"]
@@ -73,9 +73,9 @@ def test_evaluations_count_what_a_run_measures(tmp_path, tiny_model_dir):
     e = plan.build(config, outline(str(tiny_model_dir)).shapes)
     work = forecast.evaluations(e, forecast.Lengths(tokens=10.0, labels=4.0))
     test, own, fixed = 6 * 2, 4 * 2, 6 * 2  # clients times examples
-    asked = 6 * 1  # one answer each is generated
-    assert work.read == 10 * (2 * test + own + 3 * fixed) + 2 * asked * 6
-    assert work.written == 2 * asked * 3  # three tokens
+    asked, shown = 6 * 1, 2 * 1  # answers generated to be measured; to be shown
+    assert work.read == 10 * (2 * test + own + 3 * fixed + shown) + 2 * asked * 6
+    assert work.written == (2 * asked + shown) * 3  # three tokens
 
 
 def test_tokens_of_a_round_are_those_trained_on(tmp_path, tiny_model_dir):

@@ -47,7 +47,7 @@ def blame(code: int, where: str, kinds: tuple[type[Exception], ...] = INPUT) -> 
 
 EXTRAS = {
     "reasoning_gym": "demo", "gguf": "demo", "matplotlib": "plots", "datasets": "hub",
-    "flwr": "flower", "grpc": "flower", "bitsandbytes": "quantized", "accelerate": "quantized",
+    "flwr": "flower", "grpc": "flower", "bitsandbytes": "quantized",
     "tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio",
 }  # fmt: skip
 """Optional package -> the extra that brings it."""

@@ -118,7 +118,7 @@ def _traffic(
 def describe(plan: Mapping[str, Any]) -> str:
     """The plan for people."""
     held, traffic, took = plan["memory_bytes"], plan["bytes_per_round"], plan["seconds"]
-    product = took["aggregation_per_round"] > 0
+    product = took["server_per_round"] > 0
     lines = [
         f"{plan['model']}: {plan['parameters'] / 1e6:.1f} M parameters, adapters on "
         f"{plan['modules']} modules; {plan['method']}, {plan['setting']}",
@@ -144,7 +144,7 @@ def describe(plan: Mapping[str, Any]) -> str:
             f"activations {_size(held['activations'])}; Python and its libraries come on top",
             f"time, estimated on this machine: {_time(took['total'])} in all; a round "
             f"{_time(took['training_per_round'])} for {plan['tokens_per_round']:,} tokens"
-            + (f", {_time(took['aggregation_per_round'])} for aggregation" if product else "")
+            + (f", {_time(took['server_per_round'])} at the server" if product else "")
             + f"; all evaluations {_time(took['evaluation'])}",
             *plan["notes"],
         ]
@@ -156,6 +156,6 @@ def _size(bytes: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    if seconds < 120:
+    if seconds < 300:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
