@@ -1,4 +1,4 @@
-"""What deployment costs: python benchmarks/deployment.py   (four minutes on two cores)
+"""What deployment costs: python benchmarks/deployment.py   (three minutes on two cores)
 
 Asserts that the Flower engine's round is, bit for bit, the embedded engine's, then times. First on
 an in-process grid: real Flower messages, deflated and inflated, but no sockets, no TLS, no process

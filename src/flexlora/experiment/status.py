@@ -29,10 +29,10 @@ class Board:
     written: float = 0.0
 
     def roster(self, clients: Sequence[Client], turned_away: Mapping[int, str]) -> None:
-        """Who is connected now."""
+        """Who is connected now; what they moved last stays."""
+        now = {c.id: {"rank": c.lora.r, "examples": c.num_examples} for c in clients}
         self.clients = {
-            c.id: {"rank": c.lora.r, "examples": c.num_examples, "state": "connected"}
-            for c in clients
+            id: {**self.clients.get(id, {}), **row, "state": "connected"} for id, row in now.items()
         }
         self.turned_away = dict(turned_away)
         self._write()
@@ -119,6 +119,11 @@ def _last(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _rank(r: object) -> str:
+    """One rank, or the lowest and highest over the modules."""
+    return f"{min(r.values())}-{max(r.values())}" if isinstance(r, dict) else str(r)
+
+
 def describe(found: Mapping[str, Any]) -> str:
     """The same for people."""
     state = "finished" if found["finished"] else "not finished"
@@ -134,7 +139,7 @@ def describe(found: Mapping[str, Any]) -> str:
         for client, row in server["clients"].items():
             down, up = (row.get(k, 0) / 1e6 for k in ("bytes_down", "bytes_up"))
             lines.append(
-                f"  {client:24}{row.get('rank', '-')!s:>6}{row.get('state', '-'):>16}"
+                f"  {client:24}{_rank(row.get('rank', '-')):>6}{row.get('state', '-'):>16}"
                 f"{down:>10.2f}{up:>10.2f}{row.get('seconds', 0):>8.1f}"
             )
         lines += [f"  node {n} turned away: {why}" for n, why in server["turned_away"].items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,8 @@ def test_a_run_from_greeting_to_export(tmp_path, config, grid, capsys):
         cli.main(words)
         assert told in capsys.readouterr().out
     assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
+    people = runs.read(run / "status.json")["clients"]
+    assert all(row["bytes_up"] > 0 and row["seconds"] > 0 for row in people.values())
 
 
 def test_a_server_that_stops_after_a_round_goes_on_to_the_same_state(
@@ -258,12 +261,17 @@ def test_what_is_not_served_is_refused_before_anything_starts(
     assert not grid.replies
 
 
-def test_a_plan_that_names_clients_is_the_list_of_who_takes_part(tmp_path, config, grid):
-    settings(config, lora={"r": {"north": 4, "south": 8}}, federation={"rounds": 1})
+def test_a_plan_that_names_clients_is_the_list_of_who_takes_part(tmp_path, config, grid, capsys):
+    del grid.contexts[101].node_config["rank"]
+    plan = {"north": 4, "south": {"q_proj": 4, "v_proj": 8}}
+    settings(config, lora={"r": plan}, federation={"rounds": 1})
     settings(config, evaluation={"every": 0})
     deployed.serve(grid, terms(tmp_path, config))
-    assert admitted_ranks(tmp_path / "run") == [{"north": [4], "south": [8]}]
-    assert "west: lora.r gives it no rank" in (tmp_path / "run" / "status.json").read_text()
+    assert admitted_ranks(tmp_path / "run") == [{"north": [4], "south": [4, 8]}]
+    cli.main(["status", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert "west: lora.r gives it no rank" in said
+    assert re.search(r"south +4-8 +answered", said)
 
 
 def test_a_node_that_wants_less_than_the_one_rank_is_left_out(tmp_path, config, grid):
