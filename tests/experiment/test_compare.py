@@ -145,7 +145,9 @@ def test_the_bounds_stand_beside_the_methods(tmp_path, tiny_model_dir):
     path = write(tmp_path, tiny_model_dir, methods=bounds, grid=[{"ranks": ["tail"]}])
     assert call("compare", path, "--output_dir", tmp_path / "out", "--format", "json") == 0
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert {row["arm"] for row in found["arms"]} == {f"{name}/tail" for name in bounds}
+    flops = {row["arm"]: row["flops"] for row in found["arms"]}
+    assert flops.keys() == {f"{name}/tail" for name in bounds}
+    assert all(0.5 < told / flops["flexlora/tail"] < 2 for told in flops.values())
 
 
 def test_a_cell_that_stops_leaves_the_others(tmp_path, tiny_model_dir, monkeypatch, capsys):

@@ -33,6 +33,9 @@ from flexlora.training.evaluate import Scores
 
 POOL = "all-clients"
 
+TOKENS = "tokens.json"
+"""Beside a client's own adapter: how many it was trained on."""
+
 
 def bounded(shop: Workshop) -> Workshop:
     """The workshop of the `centralised` bound where that is asked for, otherwise the same."""
@@ -109,6 +112,7 @@ def alone(shop: Workshop, state: ServerState, clock: Clock) -> dict[str, Any]:
     line = {"round": 1, "split": "test", "view": "own", "seen": table(e.population, found)}
     note(shop, line)
     rest = {"seconds": round(clock(), 1), "rounds": 1, "method": "local-only", "ranks": ranks}
+    rest["tokens"] = {c: json.loads((folders[c] / TOKENS).read_text()) for c in folders}
     summary = summarise(shop.folder, runs.read_metrics(shop.folder)[0], line, **rest)
     runs.write(shop.folder / "summary.json", json.dumps(summary, indent=2))
     console.rest()
@@ -129,6 +133,7 @@ def keep(update: Update, folder: Path, base: str) -> None:
     scratch = folder.with_name(f".writing-{folder.name}")
     with blame(RUN, f"writing {folder}"):
         save_peft(update.adapter, scratch, base_model=base)
+        (scratch / TOKENS).write_text(json.dumps(update.metrics["tokens"]))
         for path in (*scratch.iterdir(), scratch):
             flush(path)
         scratch.rename(folder)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def about(cell: Cell, shop: Workshop, export_rank: int | None) -> dict[str, Any]
         "server_seconds": sum(r["seconds"].get("aggregate", 0.0) for r in rounds),
         "bytes_up": 0 if bound else sum(r["bytes_up"] for r in rounds),
         "bytes_down": 0 if bound else sum(r["bytes_down"] for r in rounds),
-        "flops": flops(e, shop.base, rounds),
+        "flops": flops(e, shop.base, summary.get("tokens") or trained_tokens(rounds)),
         "levels": levels(e, state, shop.base),
         "exported": None if method == "local-only" else exported(shop, state, export_rank),
     }
@@ -148,18 +149,22 @@ def _frozen(payload: Payload) -> int:
     return floats_down(replace(payload, known="AB"))
 
 
-def flops(e: Experiment, base: Base, rounds: list[dict[str, Any]]) -> float:
+def trained_tokens(rounds: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    """Client -> tokens it trained on in all rounds."""
+    found = Counter[str]()
+    for r in rounds:
+        found.update({c: row["metrics"].get("tokens", 0) for c, row in r["clients"].items()})
+    return found
+
+
+def flops(e: Experiment, base: Base, tokens: Mapping[str, float]) -> float:
     """Of local training: per token 4 for every base weight, 6 for every trained number."""
     weights = sum(p.numel() for p in base.model.parameters())
     sizes = {
         c: sum(client.lora.rank(m) * sum(shape) for m, shape in e.shapes.items())
         for c, client in e.clients.items()
     }
-    total = 0.0
-    for r in rounds:
-        for c, row in r["clients"].items():
-            total += row["metrics"].get("tokens", 0.0) * (4 * weights + 6 * sizes[c])
-    return total
+    return sum(count * (4 * weights + 6 * sizes[c]) for c, count in tokens.items())
 
 
 def exported(shop: Workshop, state: ServerState, rank: int | None) -> dict[str, Any]:
