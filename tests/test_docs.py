@@ -173,6 +173,7 @@ def test_figures_say_what_the_page_quotes(figure, tmp_path):
 
 def test_reference_pages_hold_everything_there_is():
     reference = script("docs/_ext/reference.py")
+    assert all(part() for part in reference.PARTS.values())
     configuration, verbs = reference.configuration(), reference.verbs()
     for section, field in Config.model_fields.items():
         assert f"`{section}`" in configuration

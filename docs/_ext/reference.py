@@ -128,7 +128,8 @@ def _short(text: str) -> str:
 
 def ranks() -> str:
     """Clients of 1,506 at each of the paper's types, for every distribution by name."""
-    from flexlora.federation.ranks import FOUR_TYPES, assign, count
+    from flexlora.federation.plans import FOUR_TYPES
+    from flexlora.federation.ranks import assign, count
 
     ids = [str(i) for i in range(1506)]
     head = ["`lora.r`", "8", "30", "30/200", "200"]

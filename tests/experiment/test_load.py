@@ -80,6 +80,8 @@ def test_mistakes_say_what_where_and_what_was_expected(write, text, told):
     ("words", "told"),
     [
         (["--lora.alpah", "1"], "--lora.alpah: unknown key 'lora.alpah'"),
+        (["--lora.lora_alpha", "0"], "^--lora.lora_alpha: Input should be greater than 0"),
+        (["--lora.r", "0"], "^--lora.r: expected whole number at least 1"),
         (["--lora.r"], "--lora.r: no value"),
         (["oops"], "unexpected argument 'oops'"),
     ],

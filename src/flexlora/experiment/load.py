@@ -220,10 +220,12 @@ def _explain(
     dotted = ".".join(path)
     if error["type"] == "extra_forbidden":
         return dotted, f"{place}: unknown key {dotted!r}; {nearest(path[-1], known)}"
+    named = place == f"--{dotted}"  # an override: its place is its name
+    what = place if named else f"{place}: {dotted or 'configuration'}"
     if len(branches(kind)) > 1:
-        return dotted, f"{place}: {dotted}: expected {readable(kind)} (got {_at(raw, path)!r})."
+        return dotted, f"{what}: expected {readable(kind)} (got {_at(raw, path)!r})."
     message = str(error["msg"]).removeprefix("Value error, ")
-    return dotted, f"{place}: {dotted or 'configuration'}: {message} (got {error['input']!r})."
+    return dotted, f"{what}: {message} (got {error['input']!r})."
 
 
 def _at(raw: Any, path: Sequence[str]) -> Any:
