@@ -239,17 +239,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from flexlora.experiment.errors import INTERRUPTED, USAGE, Failure, missing
 
+    # From 0.29 on typer has exceptions of its own.
+    usage = (click.ClickException, getattr(typer, "TyperException", click.UsageError))
+    aborted = (KeyboardInterrupt, click.Abort, typer.Abort)
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
         words = [w for w in words if w != "--debug"]
         if app(words, prog_name="flexlora", standalone_mode=False) == INTERRUPTED:
             raise KeyboardInterrupt  # typer returns what it caught
-    except click.ClickException as error:
+    except usage as error:
         _stop(error.format_message() or "see flexlora --help", USAGE, debug)
     except Failure as error:
         _stop(str(error), error.code, debug)
-    except (KeyboardInterrupt, click.Abort):
+    except aborted:
         _stop("interrupted; flexlora resume RUN goes on from the last checkpoint", INTERRUPTED)
     except ModuleNotFoundError as error:
         _stop(f"{error}. {missing(error.name or '')}", 1, debug)

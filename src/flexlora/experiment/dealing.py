@@ -13,6 +13,11 @@ from flexlora.experiment.errors import USAGE, Failure, blame
 from flexlora.federation.ranks import PAPER_TYPES, About, Ranks, assign
 from flexlora.federation.state import Method
 
+QUANTIZED = (
+    "model.load_in_4bit, load_in_8bit: not over Flower; a quantized base has a fingerprint of "
+    "its own, and all sites and the server must hold the same base."
+)
+
 Top = Mapping[str, int]
 """Module -> the server's rank: the most that anyone is given there."""
 
@@ -36,6 +41,8 @@ def _unserved(config: Config, method: Method) -> Iterator[str]:
             f"federation.setting: the clients of {name!r} keep factors between rounds, so all take "
             "part in each; set cross-silo."
         )
+    if config.model.bits:
+        yield QUANTIZED
     if config.federation.drop_out:
         yield "federation.drop_out: over Flower nodes really drop out, it is not simulated; set 0."
     for setting in ("early_stopping_patience", "load_best_at_end"):

@@ -11,6 +11,7 @@ from typing import Any
 from flexlora.engines.flower import node
 from flexlora.engines.flower.messages import Parcel
 from flexlora.experiment.build import build_population
+from flexlora.experiment.dealing import QUANTIZED
 from flexlora.experiment.errors import DATA, USAGE, Failure
 from flexlora.experiment.load import load_config
 from flexlora.training.models import load_base
@@ -45,6 +46,8 @@ def open_site(settings: tuple[tuple[str, str], ...]) -> node.Site:
         if name not in found:
             raise Failure(f"node-config: {name!r} is missing; expected config, client, folder.")
     config = load_config(found["config"])
+    if config.model.bits:
+        raise Failure(f"node-config: {found['config']}: {QUANTIZED}", USAGE)
     population, _, _ = build_population(config)
     if found["client"] not in population:
         raise Failure(

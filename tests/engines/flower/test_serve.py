@@ -240,6 +240,7 @@ def test_the_same_plan_is_the_same_run_on_one_machine_bit_for_bit(
         ({"method": {"name": "local-only"}}, "is no federation"),
         ({"method": {"name": "fedsa-lora"}, "federation": {"setting": "cross-device"}}, "keep"),
         ({"federation": {"setting": "cross-device", "drop_out": 0.5}}, "drop_out"),
+        ({"model": {"load_in_4bit": True}}, "fingerprint of its own"),
         ({"checkpoints": {"early_stopping_patience": 2}}, "nothing is measured between rounds"),
         ({"checkpoints": {"load_best_at_end": True}}, "nothing is measured between rounds"),
         ({"lora": {"r": [4, 8, 16]}}, "nobody knows who will come"),
