@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import Lock
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from flexlora.federation.admission import Reason, Refusal
 from flexlora.federation.state import Client, Payload, Term, Update
 from flexlora.training import evaluate as scoring
 from flexlora.training.client import Job, LocalTraining, Progress, train
+from flexlora.training.devices import train_on
 from flexlora.training.evaluate import Exam, Metric, Scores, digest
 from flexlora.training.kept import Kept, flat, nested, recall, remember
 from flexlora.training.memory import Budget, group_size
@@ -51,6 +53,7 @@ class Embedded:
         prompting: template and length.
         on_step: called now and then while a group trains, for progress.
         kept: what clients keep between rounds, for methods that need it.
+        replicas: of the base on further devices, each of which trains a group of its own.
     """
 
     base: Base
@@ -60,7 +63,9 @@ class Embedded:
     prompting: Prompting = field(default_factory=Prompting)
     on_step: Callable[[Progress], None] | None = None
     kept: Kept = field(default_factory=dict)
-    _budget: list[Budget] = field(default_factory=list, init=False)
+    replicas: Sequence[Base] = ()
+    _budgets: list[Budget] = field(default_factory=list, init=False)
+    _reading: Lock = field(default_factory=Lock, init=False)
     _known: dict[tuple[object, ...], Scores] = field(default_factory=dict, init=False)
 
     def train(
@@ -79,23 +84,41 @@ class Embedded:
             else:
                 load = partial(self.training_tokens, c)
                 jobs.append(Job(clients[c], recall(self.kept, payload), load))
-        for update in train(self.base, jobs, self.training, self.seed, self.on_step, self.budget):
+        for update in self._trained(jobs):
             yield remember(self.kept, sent[update.client], update)
 
+    def _trained(self, jobs: Sequence[Job]) -> Iterator[Update]:
+        settings, budgets = (self.training, self.seed, self.on_step), self.budgets
+        if self.replicas:
+            return train_on([self.base, *self.replicas], jobs, *settings, budgets)
+        return train(self.base, jobs, *settings, budgets[0])
+
     @property
-    def budget(self) -> Budget:
-        """Tokens of one forward, as they stand: halved where they proved too many."""
-        if not self._budget:
-            wanted, kept = self.training.tokens_per_forward, self.training.gradient_checkpointing
-            self._budget.append(Budget.of(wanted, self.base, kept))
-        return self._budget[0]
+    def budgets(self) -> list[Budget]:
+        """Tokens of one forward on each device, as they stand: halved where they were too many."""
+        wanted, kept = self.training.tokens_per_forward, self.training.gradient_checkpointing
+        if not self._budgets:
+            self._budgets.extend(Budget.of(wanted, b, kept) for b in (self.base, *self.replicas))
+        return self._budgets
 
     def sizes(self, payloads: Sequence[Payload]) -> dict[str, int]:
         """What `auto` stands for with such a cohort; saved, so that a resume is the same."""
+        wanted, bases = self.training.group_size, (self.base, *self.replicas)
+        budgets = {f"tokens_per_forward_{k}": b.tokens for k, b in enumerate(self.budgets, 1)}
         return {
-            "group_size": group_size(self.training.group_size, self.base, payloads),
-            "tokens_per_forward": self.budget.tokens,
+            "group_size": min(group_size(wanted, base, payloads) for base in bases),
+            "tokens_per_forward": self.budgets[0].tokens,
+            **(budgets if self.replicas else {}),
         }
+
+    def settled(self, sizes: Mapping[str, int]) -> Embedded:
+        """The same engine with such sizes in place of `auto`."""
+        group, tokens = sizes["group_size"], sizes["tokens_per_forward"]
+        training = replace(self.training, group_size=group, tokens_per_forward=tokens)
+        engine = replace(self, training=training)
+        for k, budget in enumerate(engine.budgets, 1):
+            budget.tokens = sizes.get(f"tokens_per_forward_{k}", tokens)
+        return engine
 
     @property
     def memory(self) -> dict[str, Tensor]:
@@ -108,8 +131,12 @@ class Embedded:
         self.kept.update(nested(memory))
 
     def training_tokens(self, client: str) -> list[Tokens]:
-        """A client's training examples in token ids, without those whose answer is too long."""
-        return self.encoded(client, "train")[1]
+        """A client's training examples in token ids, without those whose answer is too long.
+
+        Devices ask from threads of their own; loaders and tokenizers need not be made for that.
+        """
+        with self._reading:
+            return self.encoded(client, "train")[1]
 
     def encoded(
         self, client: str, split: Split, limit: int | None = None
@@ -180,7 +207,7 @@ class Embedded:
             raise unfit[0]
         for nothing in unfit:
             warnings.warn(f"Without scores: {nothing}", RuntimeWarning, stacklevel=2)
-        budget = 2 * self.budget.tokens  # nothing is kept for a backward
+        budget = 2 * self.budgets[0].tokens  # nothing is kept for a backward
         found = scoring.evaluate(self.base, exams, metrics, budget, max_new_tokens)
         if len(self._known) > MOST_KNOWN:
             self._known.clear()

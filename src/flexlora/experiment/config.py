@@ -50,12 +50,18 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the base weights; adapters are float32. `auto`: bfloat16 where the hardware
     multiplies it natively, otherwise float32."""
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes a GPU where there is one."""
+    device: str | Annotated[tuple[str, ...], Field(min_length=1)] = "auto"
+    """`cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes the first GPU where there is one. A list, as in
+    `[cuda:0, cuda:1]`, trains a group of clients on each; all else happens on the first."""
     load_in_4bit: bool = False
     """Hold the base in 4 bits (NF4), on a GPU, by `flexlora[quantized]`; not yet run on a GPU."""
     load_in_8bit: bool = False
     """The same in 8 bits (LLM.int8)."""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """One, or all of a list."""
+        return (self.device,) if isinstance(self.device, str) else self.device
 
     @property
     def bits(self) -> int | None:
@@ -66,6 +72,8 @@ class Model(Section):
     def _one(self) -> Model:
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit are both true; set one")
+        if self.bits and len(self.devices) > 1:
+            raise ValueError(f"load_in_{self.bits}bit takes one device, not {len(self.devices)}")
         return self
 
 

@@ -87,7 +87,7 @@ def open_server(grid: Grid, terms: Terms, console: Console) -> Server:
     insist_on_served(config, method)
     require(config.report_to)
     with blame(MODEL, "model"):
-        base = load_base(config.model.name_or_path, config.model.dtype, config.model.device)
+        base = load_base(config.model.name_or_path, config.model.dtype, config.model.devices[0])
         shapes = {m: base.shapes[m] for m in select(base.shapes, config.lora.target_modules)}
     runs.identify(folder, base.name, base.fingerprint)
     top = server_ranks(config, shapes, method)

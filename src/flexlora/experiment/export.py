@@ -49,7 +49,7 @@ def export_run(
         method = build_method(config)
     adapter = with_patch(state, method.view(state, None))
     if merged:
-        return _merge(config.model.name_or_path, config.model.device, adapter, state, to)
+        return _merge(config.model.name_or_path, config.model.devices[0], adapter, state, to)
     if energy is not None:
         rank = rank_for(adapter, energy)
     write_adapter(to, adapter, state, about["base"], rank)

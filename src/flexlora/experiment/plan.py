@@ -23,6 +23,7 @@ from flexlora.federation.run import enrolled
 from flexlora.federation.sampling import cohort, coverage
 from flexlora.federation.state import Client, Payload
 from flexlora.federation.telemetry import download_bytes, upload_bytes
+from flexlora.training.devices import resolve_devices
 from flexlora.training.memory import Size
 from flexlora.training.models import outline, resolve_dtype
 
@@ -35,8 +36,7 @@ def make_plan(config: Config) -> dict[str, Any]:
     """
     with blame(MODEL, "model"):
         model = outline(config.model.name_or_path)
-        where = config.model.device
-        where = ("cuda" if torch.cuda.is_available() else "cpu") if where == "auto" else where
+        where = resolve_devices(config.model.devices)[0]
         device, dtype = torch.device(where), resolve_dtype(config.model.dtype, where)
     e = build(config, model.shapes)
     payloads = level_payloads(e)

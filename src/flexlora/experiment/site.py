@@ -55,7 +55,7 @@ def open_site(settings: tuple[tuple[str, str], ...]) -> node.Site:
             f"it has {sorted(population)[:5]}.",
             DATA,
         )
-    base = load_base(config.model.name_or_path, config.model.dtype, config.model.device)
+    base = load_base(config.model.name_or_path, config.model.dtype, config.model.devices[0])
     return node.Site(
         found["client"],
         base,

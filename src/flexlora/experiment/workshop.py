@@ -15,6 +15,7 @@ from flexlora.experiment.console import Console
 from flexlora.experiment.errors import MODEL, blame
 from flexlora.federation.state import ServerState
 from flexlora.training.client import Progress
+from flexlora.training.devices import replica, resolve_devices
 from flexlora.training.models import Base, load_base, outline, resolve_dtype
 from flexlora.training.quantized import quantization
 
@@ -57,15 +58,17 @@ def open_workshop(
     if not known:
         console.progress(f"loading {model.name_or_path}")
     with blame(MODEL, "model"):
+        devices = resolve_devices(model.devices)
         kind = resolve_dtype(model.dtype, "cuda" if torch.cuda.is_available() else "cpu")
-        options = quantization(model.bits, kind, model.device)
+        options = quantization(model.bits, kind, model.devices[0])
         shapes = known.shapes if known else outline(model.name_or_path).shapes
     experiment = build(config, shapes, like.experiment if like else None)  # before any weight
-    if known:
-        base = known
+    if like is not None and known:
+        base, replicas = known, like.engine.replicas
     else:
         with blame(MODEL, "model"):
-            base = load_base(model.name_or_path, model.dtype, model.device, **options)
+            base = load_base(model.name_or_path, model.dtype, devices[0], **options)
+            replicas = tuple(replica(base, device) for device in devices[1:])
     prompting = Prompting(
         config.data.template,
         config.training.max_length,
@@ -86,6 +89,7 @@ def open_workshop(
         config.federation.seed,
         prompting,
         on_step,
+        replicas=replicas,
     )
     return Workshop(folder, experiment, base, engine, console)
 
@@ -99,9 +103,4 @@ def settle(shop: Workshop, state: ServerState) -> dict[str, int]:
 
 def settled(shop: Workshop, sizes: Mapping[str, int]) -> Workshop:
     """The same workshop with these sizes in place of `auto`."""
-    training = replace(
-        shop.engine.training,
-        group_size=sizes["group_size"],
-        tokens_per_forward=sizes["tokens_per_forward"],
-    )
-    return replace(shop, engine=replace(shop.engine, training=training))
+    return replace(shop, engine=shop.engine.settled(sizes))

@@ -11,6 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
@@ -114,10 +115,12 @@ def train(
     bank = bank_for(base, payloads, slots)
     # A GPU works on while the next clients' text is read; a CPU would only be shared.
     depth = slots if base.device.type == "cuda" else 0
-    texts = ahead([job.load for job in waiting], depth)
     running: dict[int, _Running] = {}
     clock, tokens = Stopwatch(), 0
-    with checkpointing(base.model, training.gradient_checkpointing):
+    with (
+        closing(ahead([job.load for job in waiting], depth)) as texts,
+        checkpointing(base.model, training.gradient_checkpointing),
+    ):
         while waiting or running:
             for slot in range(slots):
                 if slot not in running and waiting:

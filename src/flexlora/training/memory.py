@@ -28,14 +28,16 @@ class Budget:
 
     Attributes:
         tokens: now; part of what a checkpoint must hold for the same bits.
+        where: the device, for the message.
     """
 
     tokens: int
+    where: str = ""
 
     @classmethod
     def of(cls, wanted: int | Literal["auto"], base: Base, checkpointed: bool = False) -> Budget:
         """The setting, or what `auto` stands for here."""
-        return cls(token_budget(wanted, base, checkpointed))
+        return cls(token_budget(wanted, base, checkpointed), str(base.device))
 
     def halve(self, longest: int) -> None:
         """After running out of memory; says so.
@@ -48,11 +50,12 @@ class Budget:
                 f"out of memory with one example of {longest} tokens at a time. Lower max_length "
                 "or group_size, turn on gradient_checkpointing, or use a smaller base model."
             )
+        where = f" on {self.where}" if self.where else ""
         before, self.tokens = self.tokens, max(longest, self.tokens // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         warnings.warn(
-            f"out of memory at {before} tokens per forward: the step is done again with "
+            f"out of memory{where} at {before} tokens per forward: the step is done again with "
             f"{self.tokens}, and so are all that follow.",
             RuntimeWarning,
             stacklevel=2,

@@ -73,14 +73,15 @@ def load_base(model: str, dtype: str = "auto", device: str = "auto", **options: 
             folder, a `.gguf` file (converted once to a safetensors cache), or a Hub id.
         dtype: `float32`, `bfloat16`, `float16`, `float64`, or `auto`: bfloat16 where the hardware
             multiplies it natively, otherwise float32.
-        device: `cpu`, `cuda`, or `auto`.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`.
         options: more arguments of `from_pretrained`: `quantization_config` (4 or 8 bits, on a GPU
             only), `revision`, ...
 
     Raises:
-        ModelError: not found, interrupted download, an unknown dtype, or a quantized model on CPU.
+        ModelError: not found, interrupted download, an unknown dtype, a device that is not there,
+            or a quantized model on CPU.
     """
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = resolve_device(device)
     if options.get("quantization_config") is not None:
         if not device.startswith("cuda"):
             raise ModelError(
@@ -217,6 +218,25 @@ def checkpointing(model: PreTrainedModel, on: bool) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.gradient_checkpointing = layer.training = False
+
+
+def resolve_device(device: str) -> str:
+    """A device of this machine; `auto` is its first GPU, or the CPU.
+
+    Raises:
+        ModelError: unknown, or not there.
+    """
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if cuda else "cpu"
+    there = ["cpu", *["mps"] * torch.backends.mps.is_available()]
+    there += ["cuda"] * bool(cuda) + [f"cuda:{k}" for k in range(cuda)]
+    if device not in there:
+        raise ModelError(
+            f"model.device: {device!r} is not there; expected auto or, on this machine, one of "
+            f"{', '.join(there)}."
+        )
+    return device
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:
