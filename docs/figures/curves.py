@@ -38,7 +38,9 @@ def draw(arms: dict[str, Result]) -> None:
     for axis, (title, names) in zip(axes, PANELS.items(), strict=True):
         for name, (colour, line, mark) in zip(names, STYLES, strict=False):
             found = losses(arms[name], "unseen")
-            axis.plot(*zip(*found.items(), strict=True), line, color=colour, marker=mark, label=name)
+            axis.plot(
+                *zip(*found.items(), strict=True), line, color=colour, marker=mark, label=name
+            )
         axis.set(title=title, xlabel="round")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)

@@ -163,8 +163,13 @@ def test_a_cell_that_stops_leaves_the_others(tmp_path, tiny_model_dir, monkeypat
     words = ("compare", path, "--output_dir", tmp_path / "out", "--format", "json")
     assert call(*words) == 0
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert "under seed 0: writing: the disk" in found["refused"]["flexlora/homogeneous"]
+    assert "under seed 0: writing: the disk" in found["refused"]["flexlora/homogeneous at 0.01"]
+    assert "no loss at any learning rate" in found["refused"]["flexlora/homogeneous"]
     assert [row["arm"] for row in found["arms"]] == ["flexlora/tail", "fedit/homogeneous"]
+    monkeypatch.setattr(cells, "start", lambda *_: stop(None, "flexlora_homogeneous"))
+    again = (*words[:2], "--output_dir", tmp_path / "none")
+    assert call(*again) == 5
+    assert "no cell came to its end" in capsys.readouterr().err
     monkeypatch.undo()
     assert call(*words) == 0  # the same command tries it again
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())

@@ -7,7 +7,6 @@ import json
 import shutil
 
 import pytest
-import torch
 from experiment.small import write_config
 
 from flexlora.experiment import forecast, plan, validate
@@ -90,9 +89,26 @@ def test_tokens_of_a_round_are_those_trained_on(tmp_path, tiny_model_dir):
     assert planned == pytest.approx(tokens / len(rounds), rel=0.1)
 
 
-def test_speed_is_a_measured_one():
-    speed = forecast.matmul_speed(64, 128, torch.device("cpu"), torch.float32)
-    assert 1e8 < speed < 1e13
+@pytest.mark.parametrize("check", [plan.make_plan, validate.check])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--model.load_in_4bit", "true"], "needs a GPU"),
+        (["--report_to", "[trackio]"], "'trackio' is not installed"),
+    ],
+)
+def test_what_would_stop_the_run_is_told_before(tmp_path, no_weights, check, words, told):
+    with pytest.raises(Failure, match=told):
+        check(load_config(write_config(tmp_path, no_weights), words))
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [("flora", "bytes down are those of round 1"), ("local-only", "sends nothing")],
+)
+def test_bytes_that_a_first_round_does_not_show_are_named(tmp_path, no_weights, method, told):
+    path = write_config(tmp_path, no_weights, method={"name": method})
+    assert told in plan.describe(plan.make_plan(load_config(path)))
 
 
 def test_validate_deals_out_the_ranks_without_weights(tmp_path, no_weights):

@@ -31,6 +31,7 @@ def test_without_the_package_its_extra_is_named(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
     )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ModelError, match=r'load_in_8bit: .*pip install "flexlora\[quantized\]"'):
         quantization(8, torch.bfloat16, "cuda")
 

@@ -200,7 +200,7 @@ class Federation(Section):
     clients_per_round: Positive | Share | None = None
     """A number of clients, or with a decimal point a fraction of them: 1 is one client, 1.0 is all.
     Default: the paper's 0.05 cross-device, all cross-silo."""
-    drop_out: Fraction = 0.0
+    drop_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability that a sampled client does not answer; cross-device only."""
     wire: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision at which adapters travel."""

@@ -49,11 +49,17 @@ def export_run(
         method = build_method(config)
     adapter = with_patch(state, method.view(state, None))
     if merged:
+        if config.model.bits:
+            raise Failure(
+                f"--merged: the base of {folder} is held in {config.model.bits} bits; export the "
+                "adapter and merge it into the whole weights with PEFT.",
+                USAGE,
+            )
         return _merge(config.model.name_or_path, config.model.devices[0], adapter, state, to)
     if energy is not None:
         rank = rank_for(adapter, energy)
     write_adapter(to, adapter, state, about["base"], rank)
-    kept = rank or max(d.rank for d in adapter.values())
+    kept = rank or json.loads((to / "adapter_config.json").read_text())["r"]
     return f"{to}: PEFT adapter of rank {kept} for {about['base']}, after round {state.round}"
 
 

@@ -7,17 +7,18 @@ that would travel in a first round are counted. Memory and time are estimates (s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from flexlora.adapter import num_parameters
-from flexlora.experiment.build import Experiment, build
+from flexlora.experiment.build import BOUNDS, Experiment, build
 from flexlora.experiment.config import Config
 from flexlora.experiment.errors import DATA, MODEL, blame
 from flexlora.experiment.forecast import lengths, matmul_speed, memory, seconds
 from flexlora.experiment.initial import cold_state
+from flexlora.experiment.trackers import require
 from flexlora.federation.ranks import label
 from flexlora.federation.run import enrolled
 from flexlora.federation.sampling import cohort, coverage
@@ -26,6 +27,7 @@ from flexlora.federation.telemetry import download_bytes, upload_bytes
 from flexlora.training.devices import resolve_devices
 from flexlora.training.memory import Size
 from flexlora.training.models import outline, resolve_dtype
+from flexlora.training.quantized import quantization
 
 
 def make_plan(config: Config) -> dict[str, Any]:
@@ -34,7 +36,9 @@ def make_plan(config: Config) -> dict[str, Any]:
     Raises:
         Failure: whatever would stop the run before its first round.
     """
+    require(config.report_to)
     with blame(MODEL, "model"):
+        quantization(config.model.bits, torch.bfloat16, config.model.devices[0])
         model = outline(config.model.name_or_path)
         where = resolve_devices(config.model.devices)[0]
         device, dtype = torch.device(where), resolve_dtype(config.model.dtype, where)
@@ -67,7 +71,7 @@ def make_plan(config: Config) -> dict[str, Any]:
         "tokens_per_round": round(tokens),
         "seconds": seconds(e, model, tokens, mean, speed),
         "flops_per_second": speed,
-        "notes": list(e.notes),
+        "notes": [*e.notes, *caveats(e)],
     }
 
 
@@ -81,6 +85,15 @@ def _level(e: Experiment, name: str, payload: Payload, parameters: int) -> dict[
         "bytes_down": download_bytes(payload, wire),
         "bytes_up": upload_bytes(payload, payload.adapter, wire),
     }
+
+
+def caveats(e: Experiment) -> Iterator[str]:
+    """Where a first round's bytes are not those of every round."""
+    name = e.config.method.name
+    if name in BOUNDS:
+        yield f"{name} sends nothing: rounds and bytes are those of the federation it bounds."
+    elif e.method.averages == "patch":
+        yield f"bytes down are those of round 1; under {name} they grow: {e.method.down}."
 
 
 def level_payloads(e: Experiment) -> dict[str, Payload]:

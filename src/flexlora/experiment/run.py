@@ -15,6 +15,7 @@ import torch
 from flexlora.engines.flower.answers import Coded
 from flexlora.experiment import runs
 from flexlora.experiment.bounds import alone, bounded
+from flexlora.experiment.build import BOUNDS
 from flexlora.experiment.checkpoints import (
     Progress,
     checkpoints,
@@ -168,7 +169,8 @@ def _rounds(
     if progress.stale >= patience:
         return state, progress
     wire = e.config.federation.wire
-    engine = shop.engine if wire == "float32" else Coded(shop.engine, wire)  # as over a network
+    travels = wire != "float32" and e.config.method.name not in BOUNDS
+    engine = Coded(shop.engine, wire) if travels else shop.engine  # as over a network
     rounds = federation.run(e.method, state, clients, engine, e.schedule, spool)
     for state, record in rounds:
         line = record.to_json() | effort(record)

@@ -7,12 +7,16 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
+import torch
+
 from flexlora.data.splits import leakage
 from flexlora.experiment.build import build
 from flexlora.experiment.config import Config
 from flexlora.experiment.errors import DATA, MODEL, blame
+from flexlora.experiment.trackers import require
 from flexlora.federation.ranks import count
 from flexlora.training.models import outline
+from flexlora.training.quantized import quantization
 
 
 def check(config: Config) -> dict[str, Any]:
@@ -23,7 +27,9 @@ def check(config: Config) -> dict[str, Any]:
     Raises:
         Failure: whatever would stop the run before its first round.
     """
+    require(config.report_to)
     with blame(MODEL, "model"):
+        quantization(config.model.bits, torch.bfloat16, config.model.devices[0])
         shapes = outline(config.model.name_or_path).shapes
     e = build(config, shapes)
     population, seen, unseen = e.population, e.seen, e.unseen

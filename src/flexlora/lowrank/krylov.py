@@ -19,7 +19,7 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 16, 64
 
 @dataclass(frozen=True)
 class Basis:
-    """Orthonormal columns, with room for more: memory that is not written yet costs nothing."""
+    """Orthonormal columns, with room for more: on a CPU, memory not written yet costs nothing."""
 
     room: Float[Tensor, "modules room d"]
     width: int

@@ -32,6 +32,9 @@ from flexlora.training.slot import Places, Slot, places, view
 from flexlora.training.stacked import AddStacked, Grid, Stack
 from flexlora.training.terms import AddTerms, Parts
 
+PLAIN = ("torch.nn", "transformers")
+"""Whose layers' outputs are written into; others' may be views of a Function of their own."""
+
 Frozen = Mapping[str, tuple[FrozenTerm, ...]]
 Spans = Sequence[tuple[int, int, int]]
 """`(slot, start, end)`: which rows of the flattened tokens belong to which slot of the bank."""
@@ -223,9 +226,9 @@ class Bank:
             for handle in handles:
                 handle.remove()
 
-    def _add(self, module: str, route: Route, _: nn.Module, args: Any, out: Tensor) -> Tensor:
+    def _add(self, module: str, route: Route, layer: nn.Module, args: Any, out: Tensor) -> Tensor:
         """The hook: `W0 x` in, `W0 x + sum of terms` out."""
-        if out._is_view():  # of a quantized layer's own Function: not to be written in place
+        if not type(layer).__module__.startswith(PLAIN):
             out = out.clone()
         x = args[0].reshape(-1, args[0].shape[-1])
         spans = route.spans(x.shape[0])

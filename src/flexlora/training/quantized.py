@@ -22,7 +22,7 @@ def quantization(bits: int | None, dtype: torch.dtype, device: str) -> dict[str,
     if bits is None:
         return {}
     name = f"model.load_in_{bits}bit"
-    if not (device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())):
+    if not (device.startswith(("cuda", "auto")) and torch.cuda.is_available()):
         raise ModelError(
             f"{name}: needs a GPU; the device is {device!r} and there is "
             f"{'one' if torch.cuda.is_available() else 'none'}. Leave it out: a CPU trains in "

@@ -35,7 +35,8 @@ def compare(comparison: Comparison, folder: Path, console: Console) -> dict[str,
         console: where people read.
 
     Raises:
-        Failure: nothing in the grid can run, or the directory was made with other settings.
+        Failure: nothing in the grid can run or came to its end, or the directory was made with
+            other settings.
     """
     firsts = {
         str(arm): configure(comparison, arm, comparison.seeds[0], None) for arm in arms(comparison)
@@ -57,6 +58,8 @@ def compare(comparison: Comparison, folder: Path, console: Console) -> dict[str,
                 refused[str(arm)] = why
         found = write_tables(comparison, folder, refused, rates)
     console.rest()
+    if not found["arms"]:
+        raise Failure("no cell came to its end; see the reasons above.", RUN)
     console.say((folder / "comparison.md").read_text(encoding="utf-8"))
     return found
 
@@ -144,12 +147,13 @@ def tune(
         for rate in [None] if alone else comparison.learning_rates or [None]:
             cell = one(comparison, arm, seed, rate, folder)
             if why := attempt(cell, comparison.export_rank, console, shop):
-                stopped[str(arm)] = why
+                stopped[f"{arm} at {cell.config.training.learning_rate:g}"] = why
             else:
                 results.append(read_cell(Path(str(cell.config.output_dir))))
     rates = tuned(results, seed)
+    refused |= stopped
     for name in [str(arm) for arm in admitted if arm not in rates]:
-        refused[name] = stopped.get(name, "the loss was no number at any learning rate")
+        refused[name] = "it reached no loss at any learning rate"
     return rates
 
 
