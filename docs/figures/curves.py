@@ -1,6 +1,6 @@
 """python docs/figures/curves.py FOLDER
 
-Answer loss of unseen clients (`eval` split) along the rounds, every arm of a comparison of one seed,
+Answer loss of unseen clients (`eval` split) along the rounds, every arm of a one-seed comparison,
 here `compare-methods-cpu`: writes docs/images/methods-curves.svg and prints the table beside it.
 """
 
