@@ -14,12 +14,12 @@ from flexlora.engines.flower.release import insist_on_flower
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.mark.parametrize("installed", ["1.41.0", "1.42.0", "1.42.1rc1"])
+@pytest.mark.parametrize("installed", ["1.41.0", "1.42.0", "1.42rc1", "1.42.1rc1"])
 def test_supported_releases(installed):
     insist_on_flower(installed)
 
 
-@pytest.mark.parametrize("installed", ["1.40.9", "1.43.0", "2.0.0", "0.41.0"])
+@pytest.mark.parametrize("installed", ["1.40.9", "1.43rc1", "1.43.0", "2.0.0", "0.41.0"])
 def test_another_release_is_refused_with_the_range_of_the_extra(installed):
     with pytest.raises(ImportError, match=f"Flower {installed} is installed") as caught:
         insist_on_flower(installed)

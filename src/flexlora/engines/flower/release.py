@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib import metadata
 
+from packaging.version import Version
+
 FIRST, BEYOND = (1, 41), (1, 43)
 """From the first to before the second, as in the extra `flower`: options, ports and names move
 between minor versions."""
@@ -22,9 +24,9 @@ def insist_on_flower(installed: str | None = None) -> None:
     try:
         found = installed or metadata.version("flwr")
     except metadata.PackageNotFoundError:
-        raise ImportError(f"Flower is not installed; install it: pip install '{wanted}'.") from None
-    if not FIRST <= tuple(map(int, found.split(".")[:2])) < BEYOND:
+        raise ImportError(f'Flower is not installed; install it: pip install "{wanted}".') from None
+    if not FIRST <= Version(found).release[:2] < BEYOND:
         raise ImportError(
-            f"Flower {found} is installed; this flexlora works with {wanted}: pip install "
-            f"'{wanted}', on the server and at every site."
+            f"Flower {found} is installed; this flexlora works with {wanted}: "
+            f'pip install "{wanted}", on the server and at every site.'
         )
