@@ -18,6 +18,12 @@ QUANTIZED = (
     "its own, and all sites and the server must hold the same base."
 )
 
+ANYBODY = dict.fromkeys("abcd", About(1))
+"""Stand-ins, to refuse a wrong plan before anyone is there: it is wrong for any four clients."""
+
+SAME = ("mean-of-", "highest-of-")
+"""Plans that give everybody the same, which is settled when the run begins."""
+
 Top = Mapping[str, int]
 """Module -> the server's rank: the most that anyone is given there."""
 
@@ -57,13 +63,22 @@ def _unserved(config: Config, method: Method) -> Iterator[str]:
         yield f"lora.changes: method {name!r} needs one rank for everybody; only 0 is possible."
 
 
-def server_ranks(config: Config, shapes: Shapes, method: Method) -> dict[str, int]:
+def server_ranks(
+    config: Config, shapes: Shapes, method: Method, people: Mapping[str, About] = ANYBODY
+) -> dict[str, int]:
     """The largest ranks that the plan can hand out; the smallest for methods that need one rank.
+
+    Args:
+        config: with the plan.
+        shapes: module -> (outputs, inputs).
+        method: whether it needs one rank for everybody.
+        people: who is there when the run begins: one rank for everybody is taken from what the
+            plan deals to them.
 
     Raises:
         Failure: a plan that cannot be read, or a rank above what a module's shape allows.
     """
-    specs = [LoraSpec(r) for r in _possible(config, shapes)]
+    specs = [LoraSpec(r) for r in _possible(config, shapes, method, people)]
     choose = max if method.mixed_ranks else min
     with blame(USAGE, "lora.r"):
         top = {m: choose(s.rank(m) for s in specs) for m in shapes}
@@ -83,14 +98,20 @@ def server_ranks(config: Config, shapes: Shapes, method: Method) -> dict[str, in
     return top
 
 
-def _possible(config: Config, shapes: Shapes) -> tuple[Ranks, ...]:
-    """Everything that the plan could give to anyone."""
+def _possible(
+    config: Config, shapes: Shapes, method: Method, people: Mapping[str, About]
+) -> tuple[Ranks, ...]:
+    """What the plan could give to anyone; what it gives to `people` where all get one rank."""
     r: Any = config.lora.r
-    types = config.lora.types or PAPER_TYPES
+    types = tuple(config.lora.types or PAPER_TYPES)
     if _shares(r) or isinstance(r, str):
-        with blame(USAGE, "lora.r"):  # a wrong plan is wrong for any four clients
-            assign("abcd", r, 0, types, dict.fromkeys("abcd", About(1)))
-        return tuple(r) if _shares(r) else tuple(types)
+        with blame(USAGE, "lora.r"):
+            dealt = assign(sorted(people), r, config.federation.seed, types, people)
+        if not method.mixed_ranks or str(r).startswith(SAME):
+            return tuple(dealt.values())
+        if _shares(r):
+            return tuple(rank for rank, share in r.items() if share)
+        return types[:1] if r.endswith("homogeneous") else types
     if isinstance(r, dict) and not _by_module(r, shapes):
         return tuple(r.values())
     return (r,)
@@ -150,6 +171,8 @@ def _plan(config: Config, top: Top, enrolled: Mapping[str, About]) -> dict[str, 
     ids, r = sorted(enrolled), cast(Any, config.lora.r)
     if isinstance(r, dict) and not _shares(r):
         return {c: r for c in ids} if _by_module(r, top) else {c: r[c] for c in ids if c in r}
+    if str(r).startswith(SAME):
+        return dict.fromkeys(ids, top)
     return assign(ids, r, config.federation.seed, config.lora.types or PAPER_TYPES, enrolled)
 
 

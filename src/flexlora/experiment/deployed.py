@@ -22,13 +22,20 @@ from flexlora.experiment import durable, runs
 from flexlora.experiment.build import cohort_size
 from flexlora.experiment.checkpoints import Progress
 from flexlora.experiment.console import Console
-from flexlora.experiment.deployment import Server, Terms, clients_now, first_state, open_server
+from flexlora.experiment.deployment import (
+    Server,
+    Terms,
+    clients_now,
+    first_state,
+    open_server,
+    settled,
+)
 from flexlora.experiment.errors import Failure
 from flexlora.experiment.evaluation import table
 from flexlora.experiment.export import save_adapter
 from flexlora.experiment.plots import plot_loss
 from flexlora.experiment.summary import evaluation_line, round_line, summarise
-from flexlora.experiment.trackers import trackers
+from flexlora.experiment.trackers import Log, trackers
 from flexlora.federation.admission import Reason
 from flexlora.federation.limits import Limits
 from flexlora.federation.round import RoundRecord, Rules
@@ -51,23 +58,24 @@ def serve(grid: Grid, settings: Mapping[str, Any]) -> dict[str, Any]:
         server.console.say(f"{server.folder} is finished")
         return runs.read(server.folder / "summary.json")
     _wait(server)
+    server = settled(server)
     first = first_state(server)
     state, _ = durable.last_saved(server.folder, first)
     clients_now(server, state.round + 1)  # an interrupted round has its people, not their nodes
-    if state.round == 0 and server.config.evaluation.every:
+    config = server.config
+    if state.round == 0 and config.evaluation.every:
         runs.cut_metrics(server.folder, 0)
         measure(server, first, base_model=True)
         durable.save(server.folder, first, Progress())
-    config = server.config
     with trackers(config.report_to, server.folder, config.model_dump(mode="json")) as log:
-        for after, record in rounds(server, first):
-            state = after
+        for state, record in rounds(server, first):
             log(record.to_json(), state.round)
             seconds = time.monotonic() - began
             server.console.say(round_line(record, config.federation.rounds, seconds))
             for refusal in record.refused:
                 server.console.say(f"  {refusal.client}: {refusal.reason.value}")
-    return finish(server, state, time.monotonic() - began)
+        after = measure(server, state, log=log) if config.evaluation.every else {}
+    return finish(server, state, after, time.monotonic() - began)
 
 
 def rounds(server: Server, first: ServerState) -> Iterator[tuple[ServerState, RoundRecord]]:
@@ -97,7 +105,9 @@ def rounds(server: Server, first: ServerState) -> Iterator[tuple[ServerState, Ro
         yield state, record
 
 
-def measure(server: Server, state: ServerState, base_model: bool = False) -> dict[str, Any]:
+def measure(
+    server: Server, state: ServerState, base_model: bool = False, log: Log | None = None
+) -> dict[str, Any]:
     """Every connected client measures the model on its own test split.
 
     That is the global model; its own one where clients keep factors, which nobody else has.
@@ -119,17 +129,24 @@ def measure(server: Server, state: ServerState, base_model: bool = False) -> dic
     }
     found = {c: Scores(v, n) for c, (v, n) in server.flower.evaluate(payloads, about).items()}
     people = {c: Task(c, c, "", {}, lambda split: []) for c in found}
-    line = {"round": state.round, "split": "test", "view": "own" if own else "global"}
+    line: dict[str, Any] = {
+        "round": state.round,
+        "split": "test",
+        "view": "own" if own else "global",
+    }
     line |= {"seen": table(people, found), "unseen": table({}, {})}
     runs.append_metrics(server.folder, "evaluation", line)
+    if log:
+        log({line["split"]: {line["view"]: line}}, line["round"])
     server.console.say(evaluation_line(line))
     return line
 
 
-def finish(server: Server, state: ServerState, seconds: float) -> dict[str, Any]:
-    """The last evaluation, the adapter, the summary."""
-    folder, evaluated = server.folder, bool(server.config.evaluation.every)
-    after = measure(server, state) if evaluated else {}
+def finish(
+    server: Server, state: ServerState, after: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+    """The adapter and the summary; `after` is the last evaluation, if there is one."""
+    folder = server.folder
     save_adapter(folder / "adapters" / "global", server.method, state, server.base.name)
     lines = [m for m in runs.read_metrics(folder) if m["kind"] == "evaluation"]
     empty = {g: table({}, {}) for g in ("seen", "unseen")}
@@ -158,7 +175,7 @@ def _wait(server: Server) -> None:
         Failure: they do not come.
     """
     end = time.monotonic() + server.terms.start_within
-    while len(members := server.roster.connected()) < server.terms.min_nodes:
+    while len(members := server.roster.connected()) < max(1, server.terms.min_nodes):
         if time.monotonic() > end:
             raise Failure(
                 f"{len(members)} nodes after {server.terms.start_within:g} s; expected "

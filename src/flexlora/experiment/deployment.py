@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,10 @@ def open_server(grid: Grid, terms: Terms, console: Console) -> Server:
 
 
 def identity(folder: Path) -> dict[str, Any]:
-    """The run's own name on the wire, and who has enrolled with how much; made once."""
+    """The run's own name on the wire, and who has enrolled with how much; made once.
+
+    With `ranks`, the server's, as soon as enough people are there.
+    """
     path = folder / "federation.json"
     if not path.is_file():
         runs.write(path, json.dumps({"run": uuid.uuid4().hex, "enrolled": {}}))
@@ -118,6 +121,26 @@ def told(config: Config, method: Method) -> dict[str, Any]:
         "seed": config.federation.seed,
         "lower_rank": method.mixed_ranks,
     }
+
+
+def settled(server: Server) -> Server:
+    """The server at its ranks for the whole run: found once, when enough people are there.
+
+    Raises:
+        Failure: a rank above what a module's shape allows.
+    """
+    top = identity(server.folder).get("ranks")
+    if top is None:
+        top = server_ranks(server.config, server.shapes, server.method, server.roster.enrolled)
+    server = replace(server, top=top)
+    _remember(server)
+    return server
+
+
+def _remember(server: Server) -> None:
+    enrolled = {c: asdict(a) for c, a in server.roster.enrolled.items()}
+    about = {"run": server.flower.run, "ranks": server.top, "enrolled": enrolled}
+    runs.write(server.folder / "federation.json", json.dumps(about))
 
 
 def first_state(server: Server) -> ServerState:
@@ -142,8 +165,7 @@ def clients_now(server: Server, round: int) -> list[Client]:
 
 def _clients(server: Server, round: int) -> list[Client]:
     members, enrolled = server.roster.connected(), server.roster.enrolled
-    people = {"run": server.flower.run, "enrolled": {c: asdict(a) for c, a in enrolled.items()}}
-    runs.write(server.folder / "federation.json", json.dumps(people))
+    _remember(server)
     server.flower.nodes = {c: m.node for c, m in members.items()}
     lora, found, away = server.config.lora, list[Client](), dict(server.roster.turned_away)
     dealt = deal(server.config, server.method, server.top, members, enrolled, round)

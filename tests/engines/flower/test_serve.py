@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from flexlora.experiment.checkpoints import checkpoints, load_checkpoint
 from flexlora.experiment.durable import fingerprint
 from flexlora.experiment.errors import Failure
 from flexlora.experiment.site import answer, open_site
+from flexlora.experiment.trackers import flatten
 from flexlora.federation import ledger
 
 SITES = {"north": {"rank": 4}, "south": {"rank": 8}, "west": {"memory": "1G"}}
@@ -196,6 +198,7 @@ def admitted_ranks(folder: Path) -> list[dict]:
     return [{c: row["ranks"] for c, row in m["clients"].items()} for m in lines]
 
 
+TYPES = [2, 4, 8, 16]
 PLANS = {
     "wish over plan": ({"r": 16}, {"north": 4, "south": 8}, {}),
     "by size": ({"r": "by-size", "types": [2, 4, 8]}, {}, {}),
@@ -206,6 +209,16 @@ PLANS = {
     "client by client": ({"r": {"north": 2, "south": {"q_proj": 4, ".*": 8}, "west": 8}}, {}, {}),
     "changes": ({"r": 8, "changes": {2: {"north": 2}, 3: {"north": 8, "south": 4}}}, {}, {}),
     "one rank": ({"r": {4: 0.5, 8: 0.5}}, {}, {"name": "fedit"}),
+    "one rank, uniform": ({"r": "uniform", "types": TYPES}, {}, {"name": "fedit"}),
+    "one rank, strong of": ({"r": "strong-of-uniform", "types": TYPES}, {}, {"name": "fedit"}),
+    "one rank, mean of": ({"r": "mean-of-uniform", "types": TYPES}, {}, {"name": "fedit"}),
+    "one rank, highest of": (
+        {"r": "highest-of-heavy-tail-light", "types": TYPES}, {}, {"name": "fedit"},
+    ),
+    "one rank, no share": ({"r": {4: 0.0, 8: 1.0}}, {}, {"name": "fedit"}),
+    "no share": ({"r": {8: 1.0, 16: 0.0}}, {}, {}),
+    "mean of": ({"r": "mean-of-uniform", "types": TYPES}, {}, {}),
+    "homogeneous": ({"r": "homogeneous", "types": TYPES}, {}, {}),
     "kept factors": ({"r": {"north": 2, "south": 4, "west": 8}}, {}, {"name": "fedsa-lora"}),
 }  # fmt: skip
 
@@ -289,3 +302,50 @@ def test_fewer_nodes_than_a_round_asks_for_are_all_invited(tmp_path, config, gri
     settings(config, federation=federation, evaluation={"every": 0})
     deployed.serve(grid, terms(tmp_path, config) | {"min-nodes": 2})
     assert set(admitted_ranks(tmp_path / "run")[0]) == {"north", "west"}
+
+
+def test_a_plan_without_large_ranks_grants_no_wish_for_one(tmp_path, config, grid):
+    settings(config, lora={"r": "homogeneous", "types": TYPES}, evaluation={"every": 0})
+    deployed.serve(grid, terms(tmp_path, config))
+    assert admitted_ranks(tmp_path / "run")[0] == {c: [2] for c in SITES}
+
+
+@pytest.mark.parametrize("method", ["flexlora", "fedit"])
+def test_a_mean_rank_stays_when_others_come_after_a_restart(
+    tmp_path, config, grid, monkeypatch, method
+):
+    for context in grid.contexts.values():
+        context.node_config.pop("rank", None), context.node_config.pop("memory", None)
+    settings(config, lora={"r": "mean-of-uniform", "types": TYPES}, method={"name": method})
+    settings(config, evaluation={"every": 0})
+    real, grid.gone = deployed.rounds, {101}
+
+    def interrupted(server, first):
+        yield next(real(server, first))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(deployed, "rounds", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        deployed.serve(grid, terms(tmp_path, config) | {"min-nodes": 2})
+    monkeypatch.setattr(deployed, "rounds", real)
+    grid.gone = set()
+    deployed.serve(grid, terms(tmp_path, config))
+    first, *later = admitted_ranks(tmp_path / "run")
+    assert first == {"north": [10], "west": [10]}
+    assert later == [{c: [10] for c in SITES}] * 2
+
+
+def test_trackers_get_the_rounds_and_the_last_evaluation(tmp_path, config, grid, monkeypatch):
+    logged = []
+
+    @contextmanager
+    def collecting(names, folder, config):
+        yield lambda values, round: logged.append((round, dict(flatten(values))))
+        logged.append("closed")
+
+    monkeypatch.setattr(deployed, "trackers", collecting)
+    deployed.serve(grid, terms(tmp_path, config))
+    *rounds, (last, values), closed = logged
+    assert [round for round, _ in rounds] == [1, 2, 3]
+    assert (last, closed) == (3, "closed")
+    assert "test/global/seen/mean/loss" in values

@@ -42,7 +42,7 @@ class Site:
     Attributes:
         client: the id it takes part under.
         base: its own copy of the base model.
-        population: its data; the server sees counts and column names of `client`.
+        population: its data; the server sees `client`'s counts, column names and category.
         folder: where answers are kept until they are acknowledged, the factors that stay here
             (`kept/`, one file per run), and errors.
         rank: the rank it wants, if it says.
