@@ -30,8 +30,8 @@ def call(
     known = [p.name for p in parameters]
     for name in settings:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
+            close = _closest(name, known)
+            hint = f"did you mean {close!r}?" if close else f"known: {', '.join(known)}."
             raise SettingError(f"unknown key '{where}.{name}'; {hint}")
     missing = [p.name for p in parameters if p.default is p.empty and p.name not in settings]
     if missing:
@@ -47,8 +47,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     >>> nearest("iput", ["input", "output"]), nearest("xyz", ["input"])
     (" (did you mean 'input'?)", '')
     """
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    close = _closest(name, known)
+    return f" (did you mean {close!r}?)" if close else ""
+
+
+def _closest(name: str, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
 def few(names: Iterable[object], limit: int = 5) -> str:

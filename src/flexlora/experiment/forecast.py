@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from flexlora.adapter import LoraSpec
 from flexlora.data.task import Split
 from flexlora.data.templates import AnswerTooLong, encode
 from flexlora.experiment.build import Experiment
@@ -145,17 +144,13 @@ def _aggregation(e: Experiment) -> float:
     cohort, total = e.schedule.cohort_size, 0.0
     known: dict[tuple[Any, ...], float] = {}
     for module, shape in e.shapes.items():
-        ranks = _ranks(specs, module)
+        ranks = [spec.rank(module) for spec in specs]
         key = (shape, round(sum(ranks) / len(ranks) * cohort), max(ranks))
         if key not in known:
             path = choose(shape, cohort, *key[1:])
             known[key] = cost(path, shape, cohort, *key[1:]).seconds
         total += known[key]
     return total
-
-
-def _ranks(specs: Sequence[LoraSpec], module: str) -> list[int]:
-    return [spec.rank(module) for spec in specs]
 
 
 def memory(

@@ -19,15 +19,14 @@ from flexlora.experiment.errors import DATA, MODEL, blame
 from flexlora.experiment.forecast import lengths, matmul_speed, memory, seconds
 from flexlora.experiment.initial import cold_state
 from flexlora.experiment.trackers import require
+from flexlora.experiment.workshop import on_this_machine
 from flexlora.federation.ranks import label
 from flexlora.federation.run import enrolled
 from flexlora.federation.sampling import cohort, coverage
 from flexlora.federation.state import Client, Payload
 from flexlora.federation.telemetry import download_bytes, upload_bytes
-from flexlora.training.devices import resolve_devices
 from flexlora.training.memory import Size
-from flexlora.training.models import outline, resolve_dtype
-from flexlora.training.quantized import quantization
+from flexlora.training.models import outline
 
 
 def make_plan(config: Config) -> dict[str, Any]:
@@ -38,10 +37,9 @@ def make_plan(config: Config) -> dict[str, Any]:
     """
     require(config.report_to)
     with blame(MODEL, "model"):
-        quantization(config.model.bits, torch.bfloat16, config.model.devices[0])
+        (first, *_), dtype, _ = on_this_machine(config.model)
         model = outline(config.model.name_or_path)
-        where = resolve_devices(config.model.devices)[0]
-        device, dtype = torch.device(where), resolve_dtype(config.model.dtype, where)
+    device = torch.device(first)
     e = build(config, model.shapes)
     payloads = level_payloads(e)
     trained = {name: num_parameters(p.adapter) for name, p in payloads.items()}

@@ -7,16 +7,14 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-import torch
-
 from flexlora.data.splits import leakage
 from flexlora.experiment.build import build
 from flexlora.experiment.config import Config
 from flexlora.experiment.errors import DATA, MODEL, blame
 from flexlora.experiment.trackers import require
+from flexlora.experiment.workshop import on_this_machine
 from flexlora.federation.ranks import count
 from flexlora.training.models import outline
-from flexlora.training.quantized import quantization
 
 
 def check(config: Config) -> dict[str, Any]:
@@ -29,7 +27,7 @@ def check(config: Config) -> dict[str, Any]:
     """
     require(config.report_to)
     with blame(MODEL, "model"):
-        quantization(config.model.bits, torch.bfloat16, config.model.devices[0])
+        on_this_machine(config.model)
         shapes = outline(config.model.name_or_path).shapes
     e = build(config, shapes)
     population, seen, unseen = e.population, e.seen, e.unseen

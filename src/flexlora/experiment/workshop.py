@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from flexlora.engines.embedded import Embedded, Prompting
 from flexlora.experiment.build import Experiment, build
-from flexlora.experiment.config import Config
+from flexlora.experiment.config import Config, Model
 from flexlora.experiment.console import Console
 from flexlora.experiment.errors import MODEL, blame
 from flexlora.federation.state import ServerState
@@ -58,9 +59,7 @@ def open_workshop(
     if not known:
         console.progress(f"loading {model.name_or_path}")
     with blame(MODEL, "model"):
-        devices = resolve_devices(model.devices)
-        kind = resolve_dtype(model.dtype, "cuda" if torch.cuda.is_available() else "cpu")
-        options = quantization(model.bits, kind, model.devices[0])
+        devices, _, options = on_this_machine(model)
         shapes = known.shapes if known else outline(model.name_or_path).shapes
     experiment = build(config, shapes, like.experiment if like else None)  # before any weight
     if like is not None and known:
@@ -92,6 +91,17 @@ def open_workshop(
         replicas=replicas,
     )
     return Workshop(folder, experiment, base, engine, console)
+
+
+def on_this_machine(model: Model) -> tuple[list[str], torch.dtype, dict[str, Any]]:
+    """Devices, dtype and quantization of a base model as this machine has them; reads no weight.
+
+    Raises:
+        ModelError: what it does not have.
+    """
+    devices = resolve_devices(model.devices)
+    dtype = resolve_dtype(model.dtype, devices[0])
+    return devices, dtype, quantization(model.bits, dtype, model.devices[0])
 
 
 def settle(shop: Workshop, state: ServerState) -> dict[str, int]:

@@ -49,7 +49,8 @@ def compare(comparison: Comparison, folder: Path, console: Console) -> dict[str,
     claim(folder, comparison)
     admitted = [cell.arm for name, cell in firsts.items() if name not in refused]
     console.say(outlook(comparison, shop, len(admitted)))
-    rates = tune(comparison, admitted, folder, console, shop, refused)
+    rates, stopped = tune(comparison, admitted, folder, console, shop)
+    refused |= stopped
     found: dict[str, Any] = {}
     for seed in comparison.seeds:
         for arm in [arm for arm in rates if str(arm) not in refused]:  # whole or not at all
@@ -124,16 +125,11 @@ def attempt(cell: Cell, export_rank: int | None, console: Console, shop: Worksho
 
 
 def tune(
-    comparison: Comparison,
-    admitted: Sequence[Arm],
-    folder: Path,
-    console: Console,
-    shop: Workshop,
-    refused: dict[str, str],
-) -> dict[Arm, float]:
+    comparison: Comparison, admitted: Sequence[Arm], folder: Path, console: Console, shop: Workshop
+) -> tuple[dict[Arm, float], dict[str, str]]:
     """Run every learning rate of the grid under the first seed; the rate of each arm.
 
-    An arm that none of them carries to the end joins those refused.
+    Also why cells stopped, and the arms that no rate carried to the end.
 
     Raises:
         Failure: rates to choose from and no evaluation on the way to choose by.
@@ -151,10 +147,8 @@ def tune(
             else:
                 results.append(read_cell(Path(str(cell.config.output_dir))))
     rates = tuned(results, seed)
-    refused |= stopped
-    for name in [str(arm) for arm in admitted if arm not in rates]:
-        refused[name] = "it reached no loss at any learning rate"
-    return rates
+    lost = [str(arm) for arm in admitted if arm not in rates]
+    return rates, stopped | dict.fromkeys(lost, "it reached no loss at any learning rate")
 
 
 def finished(comparison: Comparison, folder: Path, rates: Mapping[Arm, float]) -> list[Result]:
