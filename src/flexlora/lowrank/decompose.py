@@ -157,7 +157,7 @@ def decompose_modules(
         U, S, Vh = _exact(total, path, rank)
         none = S.new_zeros(count, rank, dtype=torch.float64)
         exact = Estimate(none, none, none[:, 0], 0.0)
-        found = Triples(U[..., :rank], S[:, :rank], Vh[:, :rank], none, exact, 0)
+        found = Triples(U[..., :rank], S[:, :rank], Vh[:, :rank], exact, 0)
     else:
         operator: Operator = total.dense() if path == "dense-krylov" else total
         tolerances = (options.tolerance, options.direction_tolerance)
@@ -178,7 +178,7 @@ def _finish(found: Triples, total: Sum, path: Path, rank: int, seed: int, i: int
         path,
         float(estimate.excess[i]),
         estimate.sigma_error[i].cpu(),
-        found.angle[i].double().cpu(),
+        estimate.angle[i].cpu(),
         found.applies,
     )
     parts = (found.U[i], found.S[i], found.Vh[i])

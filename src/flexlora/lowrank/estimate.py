@@ -8,10 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-LARGEST_RATIO = 0.9
+MISSING = 2.5
+"""What a squared singular value still lacks, in squared residuals of the half step before it.
 
-SAFETY = 2.0
-"""On what is estimated to be missing: spectra whose first steps mislead are underestimated."""
+A pair `(u, s, v)` with `D^T u = s v` and `||D v - s u|| = e` has `s^2 + e^2` after half a step more
+at least, and lacks about as much again of its true value where a gap follows it, up to 2.6 times as
+much where none does (seen on the spectra of the tests and on noisy cohorts near the tolerances).
+"""
 
 
 @dataclass(frozen=True)
@@ -20,15 +23,20 @@ class Estimate:
 
     Attributes:
         squares: `(modules, rank)` squared singular values found.
-        gain: `(modules, rank)` estimate of what is missing from each.
+        residual: `(modules, rank)` squared norms of `D v_j - s_j u_j` half a step before.
         tail: `(modules,)` estimate of `||D - D_r||_F^2` for the `D_r` found.
         eps: rounding unit of the arithmetic.
     """
 
     squares: Float[Tensor, "modules rank"]
-    gain: Float[Tensor, "modules rank"]
+    residual: Float[Tensor, "modules rank"]
     tail: Float[Tensor, " modules"]
     eps: float
+
+    @property
+    def gain(self) -> Float[Tensor, "modules rank"]:
+        """What is missing from each squared singular value."""
+        return MISSING * self.residual
 
     @property
     def excess(self) -> Float[Tensor, " modules"]:
@@ -40,9 +48,19 @@ class Estimate:
     @property
     def sigma_error(self) -> Float[Tensor, "modules rank"]:
         """Relative error of each singular value; 0 for those at rounding level."""
-        sound = self.squares.gt((100 * self.eps) ** 2 * self.squares[:, :1])
         whole = (self.squares + self.gain).clamp_min(1e-300)
-        return torch.where(sound, 1 - (self.squares / whole).sqrt(), 0.0)
+        return torch.where(self.sound, 1 - (self.squares / whole).sqrt(), 0.0)
+
+    @property
+    def angle(self) -> Float[Tensor, "modules rank"]:
+        """The residuals relative to the singular values, at most 1; 0 at rounding level."""
+        share = self.residual / self.squares.clamp_min(1e-300)
+        return torch.where(self.sound, share.sqrt().clamp_max(1), 0.0)
+
+    @property
+    def sound(self) -> Tensor:
+        """Which singular values are above rounding."""
+        return self.squares.gt((100 * self.eps) ** 2 * self.squares[:, :1])
 
     @property
     def weakest(self) -> Float[Tensor, " modules"]:
@@ -58,39 +76,18 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Triples:
-    """Leading singular triples of a batch of matrices.
+    """Leading singular triples of a batch of matrices; `D v_j = s_j u_j` holds to rounding.
 
     Attributes:
         U: `(modules, d_out, rank)`, orthonormal columns.
         S: `(modules, rank)`, descending.
         Vh: `(modules, rank, d_in)`, orthonormal rows.
-        angle: `(modules, rank)` estimate of `||D v_j - s_j u_j|| / s_j`; `D^T u_j = s_j v_j` holds.
         estimate: of the error.
-        applies: columns multiplied with `D` or `D^T`.
+        applies: rows multiplied with `D` or `D^T`.
     """
 
     U: Float[Tensor, "modules d_out rank"]
     S: Float[Tensor, "modules rank"]
     Vh: Float[Tensor, "modules rank d_in"]
-    angle: Float[Tensor, "modules rank"]
     estimate: Estimate
     applies: int
-
-
-def missing(halfway: list[Tensor], past: list[Tensor]) -> Tensor:
-    """What is missing from each squared singular value, from the last increments.
-
-    `past` are the values after each step, up to three; `halfway` those half a step before the first
-    two. The rate of convergence is that of the last two increments, or, after only two steps, the
-    square of the last increment over that half a step before. One rate for all of a module, of the
-    sums of relative increments: single ones are too noisy.
-    """
-    if len(past) < 2:
-        return torch.full_like(past[-1], torch.inf)
-    size = past[-1].clamp_min(1e-300)
-    earlier = past[:2] if len(past) > 2 else halfway
-    last, before = ((new - old).clamp_min(0) for old, new in (past[-2:], earlier))
-    rate = (last / size).sum(1, keepdim=True)
-    rate = rate / (before / size).sum(1, keepdim=True).clamp_min(1e-300)
-    rate = (rate if len(past) > 2 else rate.square()).clamp(0, LARGEST_RATIO)
-    return SAFETY * last * rate / (1 - rate)

@@ -2,105 +2,95 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flexlora.lowrank.estimate import Estimate, Triples, missing
+from flexlora.lowrank.basis import Basis, extend, orthonormal, small_svd
+from flexlora.lowrank.estimate import Estimate, Triples
 from flexlora.lowrank.operators import Operator
 
 PROBES = 8
-"""Gaussian columns that measure the energy outside the subspace (seen by nothing else)."""
+"""Gaussian rows that measure the energy outside the subspace (seen by nothing else)."""
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 64
 
 
-@dataclass(frozen=True)
-class Basis:
-    """Orthonormal columns, with room for more: on a CPU, memory not written yet costs nothing."""
-
-    room: Float[Tensor, "modules room d"]
-    width: int
-
-    @property
-    def columns(self) -> Float[Tensor, "modules d l"]:
-        """Those there are."""
-        return self.room[:, : self.width].mT
-
-    def with_(self, Q: Float[Tensor, "modules d q"]) -> Basis:
-        """More columns, written beside these."""
-        room, width = self.room, self.width + Q.shape[2]
-        if width > room.shape[1]:
-            room = torch.cat([room, torch.empty_like(room)], 1)
-        room[:, self.width : width] = Q.mT
-        return Basis(room, width)
-
-
-@dataclass(frozen=True)
-class Subspace:
-    """Orthonormal bases grown so far, with `D^T U = V T` to rounding.
-
-    Attributes:
-        left: `U`, `(modules, d_out, l)`.
-        right: `V`, `(modules, d_in, v)`; the last `new` columns have not been multiplied with `D`.
-        T: `(modules, v, l)`.
-        new: width of the newest block of `V`.
-    """
-
-    left: Basis
-    right: Basis
-    T: Float[Tensor, "modules v l"]
-    new: int
-
-    @property
-    def U(self) -> Float[Tensor, "modules d_out l"]:
-        """The columns of `left`."""
-        return self.left.columns
-
-    @property
-    def V(self) -> Float[Tensor, "modules d_in v"]:
-        """The columns of `right`."""
-        return self.right.columns
-
-    @property
-    def width(self) -> int:
-        """`l`."""
-        return self.left.width
-
-    @property
-    def complete(self) -> bool:
-        """Whether `U` holds every direction there is."""
-        return self.width == min(self.U.shape[1], self.V.shape[1])
-
-    def squares(self, rows: int) -> Float[Tensor, "modules l"]:
-        """Squared singular values of `U^T D` in the first `rows` directions of `V`, descending.
-
-        In float64: `T` only ever grows, so that their growth is not lost in rounding.
-        """
-        T = self.T[:, :rows].double()
-        squares: Tensor = torch.linalg.eigvalsh(T.mT @ T)
-        return squares.flip(1).clamp_min(0)
-
-    @property
-    def newest(self) -> Float[Tensor, "modules d_in new"]:
-        """The newest block of `V`."""
-        return self.V[..., self.V.shape[2] - self.new :]
-
-
 def block_size(rank: int) -> int:
-    """Columns per step: a third of the rank, a multiple of 8, 16 to 64.
+    """Rows per step: a third of the rank, a multiple of 8, 16 to 64.
 
-    Small blocks need fewer products for the same accuracy, large ones run faster; 64 columns reach
+    Small blocks need fewer products for the same accuracy, large ones run faster; 64 rows reach
     four fifths of the machine's speed.
     """
     return min(LARGEST_BLOCK, max(SMALLEST_BLOCK, -(-rank // 24) * 8))
 
 
 def expected_width(rank: int, limit: int) -> int:
-    """Columns of the subspace at which a noisy spectrum is usually resolved to 1 %."""
+    """Rows of the subspace at which a noisy spectrum is usually resolved to 1 %."""
     return min(2 * rank + block_size(rank), limit)
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Orthonormal rows `U` and `V` grown in turn, and what `D` does between them.
+
+    To rounding `V D^T = M U`, except for the rows of `V` that `D` has not been applied to yet, and
+    `U D = T V`, except for those of `U`.
+
+    Attributes:
+        left: `U`, `(modules, u, d_out)`.
+        right: `V`, `(modules, v, d_in)`.
+        M: `(modules, v, u)`.
+        T: `(modules, u, v)`.
+    """
+
+    left: Basis
+    right: Basis
+    M: Float[Tensor, "modules v u"]
+    T: Float[Tensor, "modules u v"]
+
+    @property
+    def U(self) -> Float[Tensor, "modules u d_out"]:
+        """The rows of `left`."""
+        return self.left.rows
+
+    @property
+    def V(self) -> Float[Tensor, "modules v d_in"]:
+        """The rows of `right`."""
+        return self.right.rows
+
+    def applied(self, Y: Tensor) -> Subspace:
+        """With `Y = X D^T` for the rows `X` of `V` that are new."""
+        Q, C = extend(self.U, Y)
+        return Subspace(self.left.with_(Q), self.right, below(self.M, C), self.T)
+
+    def applied_t(self, Z: Tensor) -> Subspace:
+        """With `Z = X D` for the rows `X` of `U` that are new."""
+        P, C = extend(self.V, Z)
+        return Subspace(self.left, self.right.with_(P), self.M, below(self.T, C))
+
+    def restarted(self, X: Tensor) -> Subspace:
+        """With rows in `V` that come from elsewhere."""
+        P, _ = extend(self.V, X)
+        T = torch.nn.functional.pad(self.T, (0, P.shape[1]))
+        return Subspace(self.left, self.right.with_(P), self.M, T)
+
+    @property
+    def new(self) -> Float[Tensor, "modules new d_in"]:
+        """The rows of `V` that `D` has not been applied to."""
+        return self.V[:, self.M.shape[1] :]
+
+    @property
+    def new_t(self) -> Float[Tensor, "modules new d_out"]:
+        """The rows of `U` that `D^T` has not been applied to."""
+        return self.U[:, self.T.shape[1] :]
+
+
+def below(M: Tensor, C: Tensor) -> Tensor:
+    """`M` with zero columns to the width of `C`, and `C` below it."""
+    return torch.cat([torch.nn.functional.pad(M, (0, C.shape[2] - M.shape[2])), C], 1)
 
 
 def block_krylov(
@@ -114,127 +104,118 @@ def block_krylov(
     """The leading `rank` singular triples from products with `D` and `D^T`, to a tolerance.
 
     Builds orthonormal bases `U` and `V` of `span(D X, (D D^T) D X, ...)` and
-    `span(X, (D^T D) X, ...)` for a Gaussian `X` of `block_size(rank)` columns, block by block, and
-    takes the SVD of `U^T D`. The subspace grows until both hold: the Frobenius error is within
+    `span(X, (D^T D) X, ...)` for a Gaussian `X` of `block_size(rank)` rows, block by block in turn,
+    and takes the SVD of `D V^T`. The subspaces grow until both hold: the Frobenius error is within
     `1 + tolerance` of the best at this rank, and each singular value within `direction_tolerance`
     of its own (a small excess in Frobenius norm alone can hide a garbage tail).
 
-    The estimates: subspaces are nested, so each `s_j^2` only grows (Cauchy interlacing); what is
-    missing from it is extrapolated from its last increment as a geometric series, twice. The
-    energy outside the subspace is measured on 8 independent Gaussian columns (relative standard
-    deviation `sqrt(2 / (8 effective rank of the tail))`). Before the end these columns also look
-    for a direction outside that belongs inside: Krylov spaces see a value repeated more often than
-    their block is wide only in part, and their increments cannot tell.
+    The estimates: once `D` is applied to all of `V`, the residual `||D v_j - s_j u_j||` of each
+    pair found in the half step before is known exactly, from the coefficients alone, and what is
+    missing from each value is taken to be a multiple of it (:data:`~flexlora.lowrank.estimate.MISSING`).
+    The energy outside the subspace is measured on 8 independent Gaussian rows (relative standard
+    deviation `sqrt(2 / (8 effective rank of the tail))`). Before the end these also look for a
+    direction outside that belongs inside: Krylov spaces see a value repeated more often than their
+    block is wide only in part, and their residuals cannot tell.
 
-    Cost: `2 l` columns through `D`, `l` about twice the rank (less for a steep spectrum, more
-    for a flat one); orthogonalisation `12 (d_out + d_in) l^2` FLOPs. Random: the start and
+    Cost: `2 l` rows through `D`, `l` about twice the rank (less for a steep spectrum, more
+    for a flat one); orthogonalisation `8 (d_out + d_in) l^2` FLOPs. Random: the start and
     the probes, from `seed`. Not for ranks near `min(d_out, d_in)`: an exact SVD is cheaper there.
 
     Source: Musco and Musco, Randomized Block Krylov Methods for Stronger and Faster Approximate
     Singular Value Decomposition, NeurIPS 2015, arXiv 1504.05477, Algorithm 2; Tropp and Webber,
     Randomized algorithms for low-rank matrix approximation, 2023, arXiv 2306.12418. Ours keeps
     the coefficients of the orthogonalisation, so that the small SVD needs no further product, and
-    stops by the estimates above. A start from the average of the clients' `A` was tried: fewer
-    products, but its increments say little about what is missing, so the estimates failed.
+    stops by the estimates above. A start from the average of the clients' `A` was tried: the head
+    is found at once, but the cohort's noise, which fills the rest, takes as many products.
     """
     modules, d_out, d_in = D.shape
-    limit = min(d_out, d_in)
-    block = min(block_size(rank), limit)
     generator = torch.Generator().manual_seed(seed)
 
     def gaussian(rows: int, columns: int) -> Tensor:
         fresh = torch.randn(rows, columns, generator=generator)
         return fresh.to(like).expand(modules, rows, columns)
 
-    X = torch.linalg.qr(gaussian(d_in, block))[0]
-    Y = D.apply(torch.cat([X, gaussian(d_in, PROBES)], 2))
-    Y, seen = Y[..., :block], Y[..., block:]
-    eps = torch.finfo(X.dtype).eps
-    scale = Y.norm(dim=(1, 2), keepdim=True) / (block * max(d_out, d_in)) ** 0.5
-    noise = gaussian(max(d_out, d_in), block) * scale * eps
-    room = min(limit, 4 * (rank + block)) + block
-    left, right = (Basis(X.new_empty(modules, room, d), 0) for d in (d_out, d_in))
-    space = Subspace(left, right.with_(X), X.new_zeros(modules, block, 0), block)
-    halfway: list[Tensor] = []
-    past: list[Tensor] = []
-    applies = block + PROBES
+    block = min(block_size(rank), d_out, d_in)
+    eps = torch.finfo(like.dtype).eps
+
+    def stirred(Y: Tensor) -> Tensor:
+        """With noise at rounding level: rows that hold nothing have no direction."""
+        noise = torch.rand(Y.shape[1:], generator=generator).to(like).sub_(0.5)
+        size = Y.norm(dim=(1, 2), keepdim=True) / max(1, Y[0].numel()) ** 0.5
+        return torch.addcmul(Y, 4 * eps * size, noise)
+
+    X = orthonormal(gaussian(block, d_in))
+    space = start(X, d_out, room=3 * (rank + block)).applied(stirred(D.apply(X)))
+    Z = D.apply_t(torch.cat([space.new_t, gaussian(PROBES, d_out)], 1))
+    space, seen = space.applied_t(stirred(Z[:, :-PROBES])), Z[:, -PROBES:]
+    applies = block + Z.shape[1]
     while True:
-        width = space.width
-        space = grow(space, Y, D, noise)
-        applies += space.width - width
-        X = space.newest
-        if space.width >= rank:
-            squares = space.squares(space.V.shape[2])
-            past = [*past[-2:], squares[:, :rank]]
-            if len(past) < 3:  # later on whole steps say as much, and eigenvalues are dear
-                halfway += [space.squares(space.V.shape[2] - space.new)[:, :rank]]
-            gain = torch.zeros_like(past[-1]) if space.complete else missing(halfway, past)
-            rest = seen - space.U @ (space.U.mT @ seen)
-            outside = rest.double().square().sum((1, 2)) / PROBES
-            estimate = Estimate(past[-1], gain, outside + squares[:, rank:].sum(1), eps)
-            if space.complete:
-                return triples(space, rank, estimate, applies)
+        before, X = space, space.new
+        space = space.applied(stirred(D.apply(X)))
+        applies += X.shape[1]
+        if before.left.full or space.right.full:
+            return triples(space, rank, applies)
+        fresh = X[:, :0]
+        if before.left.width >= rank:
+            outside = seen - (seen @ space.V.mT) @ space.V
+            estimate = judge(before, space, outside, rank)
             if estimate.within(tolerance, direction_tolerance):
                 applies += PROBES
-                unseen = largest_outside(D, space.U, seen + noise[:, :d_out, :PROBES])
-                if bool(unseen.le(estimate.weakest).all()):
-                    return triples(space, rank, estimate, applies)
-                X = torch.linalg.qr(gaussian(d_in, block))[0]
-        Y, applies = D.apply(X), applies + X.shape[2]
+                W, _ = extend(space.V, stirred(outside))
+                if bool(strongest(D.apply(W)).le(estimate.weakest).all()):
+                    return triples(space, rank, applies, estimate)
+                fresh = gaussian(block, d_in)
+        Y = space.new_t
+        space = space.applied_t(stirred(D.apply_t(Y))).restarted(fresh)
+        applies += Y.shape[1]
 
 
-def grow(space: Subspace, Y: Tensor, D: Operator, noise: Tensor) -> Subspace:
-    """`U` extended by `Y`, then `V` by `D^T` of what was new."""
-    _, d_out, d_in = D.shape
-    Y = Y[..., : min(d_out, d_in) - space.width]
-    Q, _ = extend(space.U, Y + noise[:, :d_out, : Y.shape[2]])
-    Z = D.apply_t(Q)
-    P, C = extend(space.V, Z + noise[:, :d_in, : Z.shape[2]])
-    T = torch.nn.functional.pad(space.T, (0, 0, 0, P.shape[2]))
-    return Subspace(space.left.with_(Q), space.right.with_(P), torch.cat([T, C], 2), P.shape[2])
+def start(X: Float[Tensor, "modules block d_in"], d_out: int, room: int) -> Subspace:
+    """Nothing but the first rows of `V`."""
+    modules, _, d_in = X.shape
+    left, right = (X.new_empty(modules, min(room, d), d) for d in (d_out, d_in))
+    none = X.new_zeros(modules, 0, 0)
+    return Subspace(Basis(left, 0), Basis(right, 0).with_(X), none, none)
 
 
-def extend(
-    basis: Float[Tensor, "modules d l"], Y: Float[Tensor, "modules d k"]
-) -> tuple[Float[Tensor, "modules d q"], Float[Tensor, "modules p k"]]:
-    """`Q` orthonormal and orthogonal to `basis`, and `C` with `Y = [basis, Q] C`.
+def judge(before: Subspace, space: Subspace, outside: Tensor, rank: int) -> Estimate:
+    """How good `space` is, from the residuals of the pairs of `before`; no product with `D`.
 
-    `Q` has as many columns as `Y`, or as many as complete the basis. Where `Y` adds nothing to the
-    basis its columns must hold some noise: QR would fill them with columns of the identity.
+    The pairs are those of `U D = T V`: `D v_j` leaves the span of `U` only through the rows of `V`
+    that `D` had not been applied to, into the rows that `U` has gained since.
     """
-    first = basis.mT @ Y
-    rest = Y - basis @ first
-    again = basis.mT @ rest  # "twice is enough" (Kahan) where something new remains
-    first, rest = first + again, rest - basis @ again
-    Q, _ = torch.linalg.qr(rest[..., : basis.shape[1] - basis.shape[2]])
-    close = 10 * torch.finfo(Y.dtype).eps
-    for _ in range(3):  # more where nothing does
-        slant = basis.mT @ Q
-        if not slant.numel() or float(slant.abs().amax()) <= close:
-            break
-        Q, _ = torch.linalg.qr(Q - basis @ slant)
-    return Q, torch.cat([first, Q.mT @ rest], 1)
+    known, eps = before.M.shape[1], torch.finfo(space.M.dtype).eps
+    T, R = before.T.double(), space.M[:, known:, before.left.width :].double()
+    W, S = small_svd(before.T, rank)
+    new = T[:, :, known:].mT @ W / S.clamp_min(eps * S[:, :1] + 1e-300)[:, None]
+    residual = (R.mT @ new).square().sum(1)
+    found = S.square() + residual
+    inside = T.square().sum((1, 2)) + R.square().sum((1, 2)) - found.sum(1)
+    tail = outside.double().square().sum((1, 2)) / PROBES + inside.clamp_min(0)
+    return Estimate(found, residual, tail, eps)
 
 
-def largest_outside(D: Operator, U: Tensor, seen: Tensor) -> Tensor:
-    """A lower bound of the largest squared singular value of `D - U U^T D`, from probes."""
-    Z = D.apply_t(extend(U, seen)[0]).double()
-    largest: Tensor = torch.linalg.eigvalsh(Z.mT @ Z)
-    return largest[:, -1]
+def strongest(Y: Tensor) -> Tensor:
+    """The largest squared singular value of a few rows."""
+    wide = Y.double()
+    squares: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)
+    return squares[:, -1]
 
 
-def triples(space: Subspace, rank: int, estimate: Estimate, applies: int) -> Triples:
-    """The head of `U U^T D = U (V T)^T`.
-
-    `D v_j` leaves the span of `U` only through the newest block of `V`, taken to act about as
-    strongly as it was coupled in.
-    """
-    P, S, Xh = torch.linalg.svd(space.T, full_matrices=False)
-    S = S[:, :rank]
-    angle = torch.zeros_like(S)
-    if space.new and not space.complete:
-        strength = torch.linalg.matrix_norm(space.T[:, -space.new :], 2)
-        share = P[:, P.shape[1] - space.new :, :rank].norm(dim=1)
-        angle = strength[:, None] * share / S.clamp_min(torch.finfo(S.dtype).tiny)
-    U, Vh = space.U @ Xh.mT[..., :rank], (space.V @ P[..., :rank]).mT
-    return Triples(U, S, Vh, angle.clamp_max(1), estimate, applies)
+def triples(
+    space: Subspace, rank: int, applies: int, estimate: Estimate | None = None
+) -> Triples:
+    """The head of `D V^T V = (M U)^T V`; with no estimate, that is all of `D`."""
+    M = space.M.double()
+    X, S = small_svd(space.M, rank)
+    P = M.mT @ X / S.clamp_min(1e-300)[:, None]
+    U, Vh = space.U.mT @ P.to(space.U), X.mT.to(space.V) @ space.V
+    squares = S.square()
+    if estimate is None:
+        tail = (M.square().sum((1, 2)) - squares.sum(1)).clamp_min(0)
+        eps = torch.finfo(space.M.dtype).eps
+        estimate = Estimate(squares, torch.zeros_like(squares), tail, eps)
+    else:
+        tail = estimate.tail + estimate.squares.sum(1) - squares.sum(1)
+        estimate = replace(estimate, squares=squares, tail=tail.clamp_min(0))
+    return Triples(U, S.to(U), Vh, estimate, applies)

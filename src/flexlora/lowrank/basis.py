@@ -1,0 +1,81 @@
+"""Orthonormal rows that grow: the work between the products of a Krylov iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Orthonormal rows, with room for more: on a CPU, memory not written yet costs nothing."""
+
+    room: Float[Tensor, "modules room d"]
+    width: int
+
+    @property
+    def rows(self) -> Float[Tensor, "modules l d"]:
+        """Those there are."""
+        return self.room[:, : self.width]
+
+    @property
+    def full(self) -> bool:
+        """Whether they span everything."""
+        return self.width == self.room.shape[2]
+
+    def with_(self, Q: Float[Tensor, "modules q d"]) -> Basis:
+        """More rows, written beside these."""
+        room, width = self.room, self.width + Q.shape[1]
+        if width > room.shape[1]:
+            room = torch.cat([room, torch.empty_like(room)], 1)
+        room[:, self.width : width] = Q
+        return Basis(room, width)
+
+
+def extend(
+    known: Float[Tensor, "modules l d"], Y: Float[Tensor, "modules k d"]
+) -> tuple[Float[Tensor, "modules q d"], Float[Tensor, "modules k p"]]:
+    """`Q` orthonormal and orthogonal to `known`, and `C` with `Y = C [known; Q]`.
+
+    `Q` has as many rows as `Y`, or as many as complete the basis. Projected out and orthonormalised
+    twice ("twice is enough", Kahan), the second time from rows of length 1. Where `Y` adds nothing
+    to the basis its rows must hold some noise.
+    """
+    first = Y @ known.mT
+    rest = Y - first @ known
+    Q = orthonormal(rest[:, : known.shape[2] - known.shape[1]])
+    Q = orthonormal(Q - (Q @ known.mT) @ known)
+    return Q, torch.cat([first, rest @ Q.mT], 2)
+
+
+def orthonormal(X: Float[Tensor, "modules k d"]) -> Float[Tensor, "modules k d"]:
+    """Orthonormal rows of the same span, `k <= d`.
+
+    By a Cholesky factor of `X X^T`, in float64: of float32 rows it loses nothing up to condition
+    numbers of 1e7, in a fifth of the time of Householder's QR, which takes what is left.
+    """
+    if X.dtype == torch.float32 and X.shape[1]:
+        wide = X.double()
+        L, failed = torch.linalg.cholesky_ex(wide @ wide.mT)
+        if not bool(failed.any()):
+            return torch.linalg.solve_triangular(L, wide, upper=False).to(X.dtype)
+    return torch.linalg.qr(X.mT)[0].mT
+
+
+def small_svd(
+    M: Float[Tensor, "modules m n"], rank: int
+) -> tuple[Float[Tensor, "modules m rank"], Float[Tensor, "modules rank"]]:
+    """Leading left singular vectors and values of a small matrix, `rank <= m`, in float64.
+
+    Of a float32 matrix by the eigenvectors of `M M^T` in float64: all that float32 can hold, in
+    half the time of an SVD in float32.
+    """
+    if M.dtype == torch.float64:
+        U, S, _ = torch.linalg.svd(M)
+        return U[..., :rank], torch.nn.functional.pad(S, (0, rank - S.shape[1]))[:, :rank]
+    wide = M.double()
+    squares, vectors = torch.linalg.eigh(wide @ wide.mT)
+    return vectors[..., -rank:].flip(2), squares[:, -rank:].flip(1).clamp_min(0).sqrt()
