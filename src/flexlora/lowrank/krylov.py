@@ -136,22 +136,14 @@ def block_krylov(
         return fresh.to(like).expand(modules, rows, columns)
 
     block = min(block_size(rank), d_out, d_in)
-    eps = torch.finfo(like.dtype).eps
-
-    def stirred(Y: Tensor) -> Tensor:
-        """With noise at rounding level: rows that hold nothing have no direction."""
-        noise = torch.rand(Y.shape[1:], generator=generator).to(like).sub_(0.5)
-        size = Y.norm(dim=(1, 2), keepdim=True) / max(1, Y[0].numel()) ** 0.5
-        return torch.addcmul(Y, 4 * eps * size, noise)
-
     X = orthonormal(gaussian(block, d_in))
-    space = start(X, d_out, room=3 * (rank + block)).applied(stirred(D.apply(X)))
+    space = start(X, d_out, room=3 * (rank + block)).applied(D.apply(X))
     Z = D.apply_t(torch.cat([space.new_t, gaussian(PROBES, d_out)], 1))
-    space, seen = space.applied_t(stirred(Z[:, :-PROBES])), Z[:, -PROBES:]
+    space, seen = space.applied_t(Z[:, :-PROBES]), Z[:, -PROBES:]
     applies = block + Z.shape[1]
     while True:
         before, X = space, space.new
-        space = space.applied(stirred(D.apply(X)))
+        space = space.applied(D.apply(X))
         applies += X.shape[1]
         if before.left.full or space.right.full:
             return triples(space, rank, applies)
@@ -161,12 +153,12 @@ def block_krylov(
             estimate = judge(before, space, outside, rank)
             if estimate.within(tolerance, direction_tolerance):
                 applies += PROBES
-                W, _ = extend(space.V, stirred(outside))
+                W, _ = extend(space.V, outside)
                 if bool(strongest(D.apply(W)).le(estimate.weakest).all()):
                     return triples(space, rank, applies, estimate)
                 fresh = gaussian(block, d_in)
         Y = space.new_t
-        space = space.applied_t(stirred(D.apply_t(Y))).restarted(fresh)
+        space = space.applied_t(D.apply_t(Y)).restarted(fresh)
         applies += Y.shape[1]
 
 
