@@ -23,6 +23,7 @@ from typing import get_args
 import torch
 
 from flexlora.lowrank import LowRank, Options, Path, choose, decompose, hand_out
+from flexlora.lowrank.rounded import has_fast_products
 
 MIXES = {
     "homogeneous": {8: 1.0},
@@ -206,7 +207,8 @@ def all_paths(case: Case) -> dict[str, object]:
         if path != "core" or total <= 3 * min(case.d_out, case.d_in):
             options = Options(path=path)
             seconds[path] = best_of(3, partial(decompose, terms, weights, rank, options=options))
-    chosen = choose((case.d_out, case.d_in), len(terms), total, rank)
+    fast = has_fast_products(torch.float32, torch.device("cpu"))
+    chosen = choose((case.d_out, case.d_in), len(terms), total, rank, fast=fast)
     fastest = min(seconds, key=seconds.__getitem__)
     return {
         "d_out": case.d_out,

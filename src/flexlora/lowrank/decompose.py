@@ -13,8 +13,9 @@ from flexlora.lowrank.cost import EXACT, Path, choose
 from flexlora.lowrank.estimate import Estimate, Triples
 from flexlora.lowrank.exact import core_svd, dense_svd, gram_svd
 from flexlora.lowrank.krylov import block_krylov
-from flexlora.lowrank.operators import Operator, Sum, weighted_sum
+from flexlora.lowrank.operators import Sum, weighted_sum
 from flexlora.lowrank.product import LowRank
+from flexlora.lowrank.rounded import fast_products, has_fast_products, with_rounding
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Options:
         dtype: of the arithmetic; None: float32, or wider if the factors are. float64 on request.
         device: of the arithmetic; None: where the factors are. The result lies there too.
         cache_bytes: of cast factors held between passes over one module.
+        fast_products: form sums with factors rounded to bfloat16 where a CPU has matrix units for
+            that, measure what it costs, and form them again where that is beyond the tolerances.
     """
 
     path: Path | None = None
@@ -36,6 +39,7 @@ class Options:
     dtype: torch.dtype | None = None
     device: torch.device | None = None
     cache_bytes: int = 2**25
+    fast_products: bool = True
 
 
 DEFAULT = Options()
@@ -152,6 +156,7 @@ def decompose_modules(
         rank,
         total.dtype.itemsize,
         exact=options.tolerance <= 0,
+        fast=options.fast_products and has_fast_products(total.dtype, total.device),
     )
     if path in EXACT:
         U, S, Vh = _exact(total, path, rank)
@@ -159,9 +164,7 @@ def decompose_modules(
         exact = Estimate(none, none, none[:, 0], 0.0)
         found = Triples(U[..., :rank], S[:, :rank], Vh[:, :rank], exact, 0)
     else:
-        operator: Operator = total.dense() if path == "dense-krylov" else total
-        tolerances = (options.tolerance, options.direction_tolerance)
-        found = block_krylov(operator, rank, seed, *tolerances, like=total.like)
+        found = _iterate(total, path, rank, seed, options)
     return [_finish(found, total, path, rank, seed, i) for i in range(count)]
 
 
@@ -170,6 +173,20 @@ def _exact(total: Sum, path: Path, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         return core_svd(*total.stacked(), rank)
     D = total.dense().D
     return gram_svd(D, rank) if path == "gram" and D.dtype == torch.float32 else dense_svd(D)
+
+
+def _iterate(total: Sum, path: Path, rank: int, seed: int, options: Options) -> Triples:
+    tolerances = (options.tolerance, options.direction_tolerance)
+    if path == "krylov":
+        return block_krylov(total, rank, seed, *tolerances, like=total.like)
+    if options.fast_products and has_fast_products(total.dtype, total.device):
+        with fast_products():
+            D = total.dense()
+        found = block_krylov(D, rank, seed, *tolerances, like=total.like)
+        found = with_rounding(found, total, D, seed)
+        if found.estimate.within(*tolerances):
+            return found
+    return block_krylov(total.dense(), rank, seed, *tolerances, like=total.like)
 
 
 def _finish(found: Triples, total: Sum, path: Path, rank: int, seed: int, i: int) -> Decomposition:

@@ -26,12 +26,17 @@ class Estimate:
         residual: `(modules, rank)` squared norms of `D v_j - s_j u_j` half a step before.
         tail: `(modules,)` estimate of `||D - D_r||_F^2` for the `D_r` found.
         eps: rounding unit of the arithmetic.
+        rounding: `(modules,)` squared Frobenius norm of what `D` was changed by beforehand.
+        tilt: `(modules, k)` norm of that change along the last `k` right vectors, relative to their
+            singular values.
     """
 
     squares: Float[Tensor, "modules rank"]
     residual: Float[Tensor, "modules rank"]
     tail: Float[Tensor, " modules"]
     eps: float
+    rounding: Float[Tensor, " modules"] | None = None
+    tilt: Float[Tensor, "modules k"] | None = None
 
     @property
     def gain(self) -> Float[Tensor, "modules rank"]:
@@ -42,20 +47,29 @@ class Estimate:
     def excess(self) -> Float[Tensor, " modules"]:
         """Frobenius error over the best at this rank, minus 1; 0 where both are rounding."""
         rounding = (32 * self.eps) ** 2 * self.squares.sum(1)
-        best = (self.tail - self.gain.sum(1)).maximum(rounding).clamp_min(1e-300)
-        return (self.tail.maximum(best) / best).sqrt() - 1
+        changed = 0.0 if self.rounding is None else self.rounding
+        best = (self.tail - self.gain.sum(1) - changed).maximum(rounding).clamp_min(1e-300)
+        return ((self.tail + changed).maximum(best) / best).sqrt() - 1
 
     @property
     def sigma_error(self) -> Float[Tensor, "modules rank"]:
         """Relative error of each singular value; 0 for those at rounding level."""
         whole = (self.squares + self.gain).clamp_min(1e-300)
-        return torch.where(self.sound, 1 - (self.squares / whole).sqrt(), 0.0)
+        return torch.where(self.sound, 1 - (self.squares / whole).sqrt() + self.worst_tilt, 0.0)
 
     @property
     def angle(self) -> Float[Tensor, "modules rank"]:
         """The residuals relative to the singular values, at most 1; 0 at rounding level."""
         share = self.residual / self.squares.clamp_min(1e-300)
-        return torch.where(self.sound, share.sqrt().clamp_max(1), 0.0)
+        return torch.where(self.sound, (share.sqrt() + self.worst_tilt).clamp_max(1), 0.0)
+
+    @property
+    def worst_tilt(self) -> Float[Tensor, "modules 1"] | float:
+        """The largest tilt of a singular value above rounding, taken for all."""
+        if self.tilt is None:
+            return 0.0
+        sound = self.sound[:, -self.tilt.shape[1] :]
+        return torch.where(sound, self.tilt, 0.0).amax(1, keepdim=True)
 
     @property
     def sound(self) -> Tensor:
