@@ -80,11 +80,12 @@ def cohort(case: Case, seed: int = 0) -> list[LowRank]:
     root = torch.arange(1.0, top + 1) ** (-exponent / 2)
 
     def noisy(X: torch.Tensor) -> torch.Tensor:
-        return X + noise * X.norm() / X.numel() ** 0.5 * torch.randn(X.shape, generator=g)
+        fresh = torch.randn(X.shape, generator=g)
+        return (X + noise * X.norm() / X.numel() ** 0.5 * fresh).contiguous()
 
     scale = 16.0
     return [
-        LowRank(noisy(U[:, :r] * root[:r]), noisy((V[:, :r] * root[:r]).T.contiguous()), scale / r)
+        LowRank(noisy(U[:, :r] * root[:r]), noisy((V[:, :r] * root[:r]).T), scale / r)
         for r in case.ranks
     ]
 

@@ -136,7 +136,7 @@ def block_krylov(
         return fresh.to(like).expand(modules, rows, columns)
 
     block = min(block_size(rank), d_out, d_in)
-    X = orthonormal(gaussian(block, d_in))
+    X, _ = orthonormal(gaussian(block, d_in))
     space = start(X, d_out, room=3 * (rank + block)).applied(D.apply(X))
     Z = D.apply_t(torch.cat([space.new_t, gaussian(PROBES, d_out)], 1))
     space, seen = space.applied_t(Z[:, :-PROBES]), Z[:, -PROBES:]
@@ -147,7 +147,7 @@ def block_krylov(
         applies += X.shape[1]
         if before.left.full or space.right.full:
             return triples(space, rank, applies)
-        fresh = X[:, :0]
+        fresh = None
         if before.left.width >= rank:
             outside = seen - (seen @ space.V.mT) @ space.V
             estimate = judge(before, space, outside, rank)
@@ -158,7 +158,8 @@ def block_krylov(
                     return triples(space, rank, applies, estimate)
                 fresh = gaussian(block, d_in)
         Y = space.new_t
-        space = space.applied_t(D.apply_t(Y)).restarted(fresh)
+        space = space.applied_t(D.apply_t(Y))
+        space = space if fresh is None else space.restarted(fresh)
         applies += Y.shape[1]
 
 
