@@ -15,7 +15,7 @@ from flexlora.lowrank.exact import core_svd, dense_svd, gram_svd
 from flexlora.lowrank.krylov import block_krylov
 from flexlora.lowrank.operators import Sum, weighted_sum
 from flexlora.lowrank.product import LowRank
-from flexlora.lowrank.rounded import fast_products, has_fast_products, with_rounding
+from flexlora.lowrank.rounded import has_fast_products, rounded_sum, with_rounding
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,7 @@ def _iterate(total: Sum, path: Path, rank: int, seed: int, options: Options) -> 
     if path == "krylov":
         return block_krylov(total, rank, seed, *tolerances, like=total.like)
     if options.fast_products and has_fast_products(total.dtype, total.device):
-        with fast_products():
-            D = total.dense()
+        D = rounded_sum(total)
         found = block_krylov(D, rank, seed, *tolerances, like=total.like)
         found = with_rounding(found, total, D, seed)
         if found.estimate.within(*tolerances):

@@ -152,6 +152,10 @@ class Sum:
             _add(out, B, A, f)
         return DenseMatrix(out)
 
+    def merged(self, rows: int) -> Sum:
+        """The same, with terms concatenated to about `rows` rows, each block a copy."""
+        return replace(self, groups=_groups(self.modules[0], rows, alone=rows), kept={})
+
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All terms side by side, `(modules, d_out, R)` and `(modules, R, d_in)`."""
         B, A, f = self.load(range(len(self.modules[0])), self.room(self.rank))
@@ -237,7 +241,8 @@ def weighted_sum(
     f = w * shrink.prod(2) / torch.where(scale > 0, scale, 1.0)[:, None]
     f = f.to(device=device, dtype=dtype)
     divisors = [[(b, a) for b, a in terms] for terms in shrink.tolist()]
-    bare = Sum(modules, f, divisors, scale, dtype, device, _groups(first), {})
+    groups = _groups(first, MERGE_RANK, alone=MERGE_RANK // 2)
+    bare = Sum(modules, f, divisors, scale, dtype, device, groups, {})
     return _keep(bare, cache_bytes)
 
 
@@ -255,16 +260,16 @@ def _peaks(terms: Sequence[LowRank]) -> Float[Tensor, "terms 2"]:
     return ends.cpu().double().abs().view(len(terms), 2, 2).amax(2)
 
 
-def _groups(terms: Sequence[LowRank]) -> tuple[tuple[int, ...], ...]:
-    """Neighbouring terms together until they hold `MERGE_RANK` rows; larger ones stay alone."""
+def _groups(terms: Sequence[LowRank], rows: int, alone: int) -> tuple[tuple[int, ...], ...]:
+    """Neighbouring terms together until they hold `rows` rows; of `alone` rows, on their own."""
     groups: list[tuple[int, ...]] = []
     waiting: list[int] = []
     for k, term in enumerate(terms):
-        if term.rank >= MERGE_RANK // 2:
+        if term.rank >= alone:
             groups.append((k,))
             continue
         waiting.append(k)
-        if sum(terms[j].rank for j in waiting) >= MERGE_RANK:
+        if sum(terms[j].rank for j in waiting) >= rows:
             groups.append(tuple(waiting))
             waiting = []
     return (*groups, tuple(waiting)) if waiting else tuple(groups)

@@ -16,6 +16,10 @@ PROBES = 8
 """Gaussian rows that measure the rounding, and found directions that it is measured in."""
 
 
+ROWS = 512
+"""Terms are concatenated to about this many: fewer spend their time on adding to the sum."""
+
+
 def has_fast_products(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether float32 products run faster with their factors rounded to bfloat16: on AMX."""
     return dtype == torch.float32 and device.type == "cpu" and _has_matrix_units()
@@ -27,12 +31,15 @@ def _has_matrix_units() -> bool:
     return bool(told.get("amx_bf16")) and hasattr(torch.backends.mkldnn, "matmul")
 
 
-@contextmanager
-def fast_products() -> Iterator[None]:
-    """float32 products round their factors to bfloat16 and add up in float32: all of the process.
+def rounded_sum(total: Sum) -> DenseMatrix:
+    """The sum of products whose factors are rounded to bfloat16; the products add up in float32."""
+    with _fast_products():
+        return total.merged(ROWS).dense()
 
-    Sets `torch.backends.mkldnn.matmul.fp32_precision` and puts it back.
-    """
+
+@contextmanager
+def _fast_products() -> Iterator[None]:
+    """Sets `torch.backends.mkldnn.matmul.fp32_precision`, for all of the process, and back."""
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
