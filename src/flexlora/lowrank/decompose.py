@@ -143,7 +143,7 @@ def decompose_modules(
     For accelerators, where one module alone leaves most of the device idle. All modules go on until
     the last of them meets the tolerances.
     """
-    total = weighted_sum(modules, weights, options.dtype, options.device, options.cache_bytes)
+    total = weighted_sum(modules, weights, options.dtype, options.device)
     count, d_out, d_in = total.shape
     if not 1 <= rank <= min(d_out, d_in):
         raise ValueError(
@@ -178,7 +178,8 @@ def _exact(total: Sum, path: Path, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def _iterate(total: Sum, path: Path, rank: int, seed: int, options: Options) -> Triples:
     tolerances = (options.tolerance, options.direction_tolerance)
     if path == "krylov":
-        return block_krylov(total, rank, seed, *tolerances, like=total.like)
+        kept = total.keeping(options.cache_bytes)
+        return block_krylov(kept, rank, seed, *tolerances, like=total.like)
     if options.fast_products and has_fast_products(total.dtype, total.device):
         D = rounded_sum(total)
         found = block_krylov(D, rank, seed, *tolerances, like=total.like)

@@ -15,16 +15,16 @@ from flexlora.lowrank.operators import Operator
 PROBES = 8
 """Gaussian rows that measure the energy outside the subspace (seen by nothing else)."""
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 16, 64
+SMALLEST_BLOCK = 16
 
 
 def block_size(rank: int) -> int:
-    """Rows per step: a third of the rank, a multiple of 8, 16 to 64.
+    """Rows per step: a third of the rank, a multiple of 8, 16 or more.
 
-    Small blocks need fewer products for the same accuracy, large ones run faster; 64 rows reach
-    four fifths of the machine's speed.
+    Small blocks need fewer products for the same accuracy, large ones run faster. The estimates are
+    made for this size: the residuals of smaller blocks say less of what is missing.
     """
-    return min(LARGEST_BLOCK, max(SMALLEST_BLOCK, -(-rank // 24) * 8))
+    return max(SMALLEST_BLOCK, -(-rank // 24) * 8)
 
 
 def expected_width(rank: int, limit: int) -> int:

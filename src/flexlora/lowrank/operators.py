@@ -77,8 +77,8 @@ class Sum:
 
     The division by `scale`, a power of two near the largest term, keeps squares and products within
     range for updates of any size; powers of two round nothing. Factors that already have the right
-    dtype are used where they lie; others are cast block by block on every pass, except for the
-    first `cache_bytes` of them, so that memory does not grow with the cohort.
+    dtype are used where they lie; others are cast block by block on every pass, except for those
+    that are kept, so that memory does not grow with the cohort.
 
     Attributes:
         modules: per module its terms; the k-th terms of all modules have one rank.
@@ -156,6 +156,19 @@ class Sum:
         """The same, with terms concatenated to about `rows` rows, each block a copy."""
         return replace(self, groups=_groups(self.modules[0], rows, alone=rows), kept={})
 
+    def keeping(self, cache_bytes: int) -> Sum:
+        """The same, with blocks that are copies loaded until `cache_bytes` of them are held."""
+        kept, held = {}, 0
+        count, d_out, d_in = self.shape
+        for i, group in enumerate(self.groups):
+            if not self.in_place(group):
+                rank = self.ranks(group)
+                held += count * rank * (d_out + d_in) * self.dtype.itemsize
+                if held > cache_bytes:
+                    break
+                kept[i] = self.load(group, self.room(rank))
+        return replace(self, kept=kept)
+
     def stacked(self) -> tuple[Tensor, Tensor]:
         """All terms side by side, `(modules, d_out, R)` and `(modules, R, d_in)`."""
         B, A, f = self.load(range(len(self.modules[0])), self.room(self.rank))
@@ -212,7 +225,6 @@ def weighted_sum(
     weights: Sequence[float],
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-    cache_bytes: int = 0,
 ) -> Sum:
     """The :class:`Sum` of each module's terms. Reads every factor once, for its largest entry.
 
@@ -242,8 +254,7 @@ def weighted_sum(
     f = f.to(device=device, dtype=dtype)
     divisors = [[(b, a) for b, a in terms] for terms in shrink.tolist()]
     groups = _groups(first, MERGE_RANK, alone=MERGE_RANK // 2)
-    bare = Sum(modules, f, divisors, scale, dtype, device, groups, {})
-    return _keep(bare, cache_bytes)
+    return Sum(modules, f, divisors, scale, dtype, device, groups, {})
 
 
 def _widest(terms: Sequence[LowRank]) -> torch.dtype:
@@ -273,20 +284,6 @@ def _groups(terms: Sequence[LowRank], rows: int, alone: int) -> tuple[tuple[int,
             groups.append(tuple(waiting))
             waiting = []
     return (*groups, tuple(waiting)) if waiting else tuple(groups)
-
-
-def _keep(total: Sum, cache_bytes: int) -> Sum:
-    """Load blocks that are copies, until `cache_bytes` of them are held."""
-    kept, held = {}, 0
-    count, d_out, d_in = total.shape
-    for i, group in enumerate(total.groups):
-        if not total.in_place(group):
-            rank = total.ranks(group)
-            held += count * rank * (d_out + d_in) * total.dtype.itemsize
-            if held > cache_bytes:
-                break
-            kept[i] = total.load(group, total.room(rank))
-    return replace(total, kept=kept)
 
 
 def _check(modules: Sequence[Sequence[LowRank]], weights: Sequence[float]) -> None:
