@@ -59,6 +59,9 @@ GEMM_RATE, FACTOR_RATE, MEMORY_RATE, CALL = 180e9, 150e9, 6e9, 30e-6
 FAST = 2.2
 """How much faster a sum is formed on bfloat16 matrix units: on two cores with AMX."""
 
+HEAD = 8
+"""Rows of each term whose products are not fast."""
+
 HALF_COLUMNS, HALF_SIZE = 15, 500
 """Products this narrow, and factorisations this small, run at half those rates."""
 
@@ -93,8 +96,8 @@ def cost(
         total_rank: `R`.
         rank: `r`.
         itemsize: bytes per number of the arithmetic.
-        fast: whether the sum of `dense-krylov` is formed with factors rounded to bfloat16, which
-            takes another `64 R (m + n)` FLOPs to measure.
+        fast: whether the sum of `dense-krylov` is formed with factors rounded to bfloat16, all but
+            their first 8 rows, which takes another `64 R (m + n)` FLOPs to measure.
     """
     (m, n), R, r = shape, total_rank, rank
     k = min(m, n)
@@ -108,19 +111,20 @@ def cost(
         return Cost(gemm, 128, 18.0 * k**3 + 22.0 * r**3, k, 2 * written, 10 + terms)
     if path == "dense":
         return Cost(form, 128, 22.0 * k**3 + 4.0 * (m * n - k * k) * k, k, written, 2 + terms)
-    b, width = block_size(r), expected_width(r, k)
+    b, width = block_size(r), expected_width(r, min(k, R))
     steps, columns = -(-width // b), 2 * width + b + 2 * PROBES
     tidy = (m + n) * (4.0 * width**2 + 2.0 * width * r)
-    factor, size = 12.0 * (m + n) * width * b + 58.0 * width**3, (b + width) / 2
+    factor = 6.0 * (m + n) * width * b + 25.0 * width**3
     if path == "dense-krylov":
         gemm, moved = 2.0 * m * n * columns + tidy, written * (1 + steps / 4)
-        whole = Cost(gemm + form, 128, factor, size, moved, 30 * steps + terms)
+        whole = Cost(gemm + form, 128, factor, width, moved, 30 * steps + terms)
         if not fast:
             return whole
-        measured = 64.0 * R * (m + n)
-        return replace(whole, gemm=gemm + measured, bytes=moved + read, fast=form)
+        head = 2.0 * m * n * min(HEAD * terms, R)
+        gemm += head + 64.0 * R * (m + n)
+        return replace(whole, gemm=gemm, bytes=moved + read, fast=form - head)
     gemm, moved = 2.0 * R * (m + n) * columns + tidy, read * (1 + steps / 4)
-    return Cost(gemm, b, factor, size, moved, steps * (30 + terms / 2))
+    return Cost(gemm, b, factor, width, moved, steps * (30 + terms / 2))
 
 
 def choose(

@@ -148,9 +148,23 @@ class Sum:
     def dense(self) -> DenseMatrix:
         """The sum, formed: `2 d_out d_in R` FLOPs."""
         out = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        self.add_to_(out)
+        return DenseMatrix(out)
+
+    def add_to_(self, out: Float[Tensor, "modules d_out d_in"]) -> None:
+        """`out += D`, in place."""
         for B, A, f in self.blocks():
             _add(out, B, A, f)
-        return DenseMatrix(out)
+
+    def part(self, rows: slice) -> Sum:
+        """Of those rows of each `A` and columns of each `B` only; terms without any are left out."""
+        having = [k for k, t in enumerate(self.modules[0]) if t.rank > (rows.start or 0)]
+        modules = [
+            [LowRank(m[k].B[:, rows], m[k].A[rows], m[k].scaling) for k in having]
+            for m in self.modules
+        ]
+        shrink = [[s[k] for k in having] for s in self.shrink]
+        return replace(self, modules=modules, f=self.f[:, having], shrink=shrink)
 
     def merged(self, rows: int) -> Sum:
         """The same, with terms concatenated to about `rows` rows, each block a copy."""

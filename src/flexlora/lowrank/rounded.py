@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from flexlora.lowrank.cost import HEAD
 from flexlora.lowrank.estimate import Triples
 from flexlora.lowrank.operators import DenseMatrix, Sum
 
@@ -32,9 +33,17 @@ def _has_matrix_units() -> bool:
 
 
 def rounded_sum(total: Sum) -> DenseMatrix:
-    """The sum of products whose factors are rounded to bfloat16; the products add up in float32."""
-    with _fast_products():
-        return total.merged(ROWS).dense()
+    """The sum, the factors rounded to bfloat16 but for the first `HEAD` rows of each term.
+
+    Products add up in float32. The first rows of an adapter that was cut from a factorisation hold
+    its strongest directions: rounded, they would cost more than all the others.
+    """
+    formed = total.part(slice(0, HEAD)).merged(ROWS).dense()
+    rest = total.part(slice(HEAD, None))
+    if rest.modules[0]:
+        with _fast_products():
+            rest.merged(ROWS).add_to_(formed.D)
+    return formed
 
 
 @contextmanager
