@@ -4,6 +4,7 @@
     python benchmarks/aggregation.py             # and 4096 x 14336: its dense SVD takes long
     python benchmarks/aggregation.py --grid      # every path on a grid: is the cheapest one chosen?
     python benchmarks/aggregation.py --one-core  # CPU seconds of one thread: for a busy machine
+    python benchmarks/aggregation.py --no-fast-products   # as on a CPU without AMX
 
 Compares `flexlora.lowrank.svd_sum` with the straightforward way (the weighted dense sum, a full
 SVD, a slice per distinct rank), with QR of the stacked factors, and with `torch.svd_lowrank` on the
@@ -34,6 +35,8 @@ MIXES = {
     "heavy-tail-light-mlp": {8: 0.8, 30: 0.05, 200: 0.15},
 }
 """Rank -> share. Type 3 of the paper has rank 30 in attention (square here) and 200 in the MLP."""
+
+HERE = torch.float32, torch.device("cpu")
 
 SPECTRA = {"decaying": (1.0, 0.5), "slow": (0.5, 1.0)}
 """Exponent of the common signal's singular values, `j^-a`, and noise per factor, relative to it."""
@@ -127,7 +130,7 @@ def best_of(times: int, run: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def measure(case: Case) -> dict[str, object]:
+def measure(case: Case, options: Options) -> dict[str, object]:
     """Check one case against the dense way, then time all ways."""
     terms, ranks = cohort(case), sorted(set(case.ranks))
     rank, weights = ranks[-1], [1 / len(terms)] * len(terms)
@@ -138,13 +141,13 @@ def measure(case: Case) -> dict[str, object]:
     def excess(x: LowRank) -> float:
         return float((total - x.B.double() @ x.A.double()).norm() / best) - 1
 
-    ours = decompose(terms, weights, rank)
+    ours = decompose(terms, weights, rank, options=options)
     assert excess(ours.product) < 0.02, f"{case}: {excess(ours.product):.4f} above the best rank-r"
     sigma = exact.B.norm(dim=0)
     direction = float((1 - ours.product.B.norm(dim=0) / sigma).abs().max())
 
     def server() -> list[LowRank]:
-        G = decompose(terms, weights, rank).product
+        G = decompose(terms, weights, rank, options=options).product
         return [hand_out(G, r, 16 / r) for r in ranks]
 
     def straightforward() -> list[LowRank]:
@@ -208,7 +211,7 @@ def all_paths(case: Case) -> dict[str, object]:
         if path != "core" or total <= 3 * min(case.d_out, case.d_in):
             options = Options(path=path)
             seconds[path] = best_of(3, partial(decompose, terms, weights, rank, options=options))
-    fast = has_fast_products(torch.float32, torch.device("cpu"))
+    fast = has_fast_products(*HERE)
     chosen = choose((case.d_out, case.d_in), len(terms), total, rank, fast=fast)
     fastest = min(seconds, key=seconds.__getitem__)
     return {
@@ -240,7 +243,9 @@ def main() -> None:
     parser.add_argument("--grid", action="store_true", help="the choice of path against all paths")
     parser.add_argument("--spectrum", choices=SPECTRA, default="decaying")
     parser.add_argument("--one-core", action="store_true", help="one thread, its CPU seconds")
+    parser.add_argument("--no-fast-products", action="store_true", help="as without AMX")
     args = parser.parse_args()
+    options = Options(fast_products=not args.no_fast_products)
     if args.one_core:
         torch.set_num_threads(1)
     threads = torch.get_num_threads()
@@ -255,11 +260,12 @@ def main() -> None:
     print(HEAD)
     rows = []
     for case in CASES[:4] if args.quick else CASES:
-        row = measure(Case(case.d_out, case.d_in, case.mix, case.cohort, args.spectrum))
+        row = measure(Case(case.d_out, case.d_in, case.mix, case.cohort, args.spectrum), options)
         rows.append(row)
         print(show(row), flush=True)
     summary = {
         "threads": threads,
+        "fast_products": options.fast_products and has_fast_products(*HERE),
         "cases": rows,
         "min_speedup": min(float(str(r["speedup"])) for r in rows),
         "max_excess_error": max(float(str(r["excess_error"])) for r in rows),

@@ -53,7 +53,7 @@ class Quality:
         path: the way that was taken.
         excess: estimated `||D - D_r||_F` over the best at this rank, minus 1.
         sigma_error: `(rank,)` estimated relative error of each singular value.
-        angle: `(rank,)` estimated `||D v_j - s_j u_j|| / s_j`: how far each pair is from being one;
+        angle: `(rank,)` estimated `||D^T u_j - s_j v_j|| / s_j`: how far a pair is from being one;
             the sine of the angle to the true subspace is at most this times `s_j / gap` (Wedin).
         applies: columns multiplied with `D`, 0 on exact paths.
     """
@@ -161,7 +161,7 @@ def decompose_modules(
     if path in EXACT:
         U, S, Vh = _exact(total, path, rank)
         none = S.new_zeros(count, rank, dtype=torch.float64)
-        exact = Estimate(none, none, none[:, 0], 0.0)
+        exact = Estimate(none, none, none[:, 0], none[:, 0], 0.0)
         found = Triples(U[..., :rank], S[:, :rank], Vh[:, :rank], exact, 0)
     else:
         found = _iterate(total, path, rank, seed, options)

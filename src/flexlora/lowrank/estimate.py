@@ -8,13 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-MISSING = 2.5
-"""What a squared singular value still lacks, in squared residuals of the half step before it.
-
-A pair `(u, s, v)` with `D^T u = s v` and `||D v - s u|| = e` has `s^2 + e^2` after half a step more
-at least, and lacks about as much again of its true value where a gap follows it, up to 2.6 times as
-much where none does (seen on the spectra of the tests and on noisy cohorts near the tolerances).
-"""
+UNKNOWN_RATE, LARGEST_RATE = 0.4, 0.9
+"""Decay of squared residuals from step to step, where there was no step before, and at most."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +18,8 @@ class Estimate:
 
     Attributes:
         squares: `(modules, rank)` squared singular values found.
-        residual: `(modules, rank)` squared norms of `D v_j - s_j u_j` half a step before.
+        residual: `(modules, rank)` squared norms of `D^T u_j - s_j v_j` half a step before.
+        rate: `(modules,)` what they decayed by in the last step.
         tail: `(modules,)` estimate of `||D - D_r||_F^2` for the `D_r` found.
         eps: rounding unit of the arithmetic.
         rounding: `(modules,)` squared Frobenius norm of what `D` was changed by beforehand.
@@ -33,6 +29,7 @@ class Estimate:
 
     squares: Float[Tensor, "modules rank"]
     residual: Float[Tensor, "modules rank"]
+    rate: Float[Tensor, " modules"]
     tail: Float[Tensor, " modules"]
     eps: float
     rounding: Float[Tensor, " modules"] | None = None
@@ -40,8 +37,17 @@ class Estimate:
 
     @property
     def gain(self) -> Float[Tensor, "modules rank"]:
-        """What is missing from each squared singular value."""
-        return MISSING * self.residual
+        """What is missing from each squared singular value: `3 e^2 (1 / 2 + q) / (1 - q)`.
+
+        For a squared residual `e^2` that decays by `q` a step. A pair `(u, s, v)` with `D v = s u`
+        and `||D^T u - s v|| = e` has `s^2 + e^2` after half a step more at least; what is missing
+        from then on is a series, geometric in the end. The factor was fitted to the truth on five
+        spectra, three shapes, ranks 6 to 150, and noisy cohorts: nine times in ten less was
+        missing. There it was `e^2 / 2` where a gap follows (`q` near 0), up to `8 e^2` where none
+        does (`q = 0.6`).
+        """
+        factor = 3 * (0.5 + self.rate) / (1 - self.rate)
+        return factor[:, None] * self.residual
 
     @property
     def excess(self) -> Float[Tensor, " modules"]:
@@ -88,9 +94,21 @@ class Estimate:
         return bool(fine.all())
 
 
+def decay(residual: Tensor, squares: Tensor, earlier: Estimate | None) -> Float[Tensor, " modules"]:
+    """The rate of squared residuals: of their sum or, if that is slower, relative to `squares`."""
+    if earlier is None:
+        return torch.full_like(residual[:, 0], UNKNOWN_RATE)
+    whole = residual.sum(1) / earlier.residual.sum(1).clamp_min(1e-300)
+    now, then = (
+        (r / s.clamp_min(1e-300)).sum(1)
+        for r, s in ((residual, squares), (earlier.residual, earlier.squares))
+    )
+    return whole.maximum(now / then.clamp_min(1e-300)).clamp_max(LARGEST_RATE)
+
+
 @dataclass(frozen=True)
 class Triples:
-    """Leading singular triples of a batch of matrices; `D v_j = s_j u_j` holds to rounding.
+    """Leading singular triples of a batch of matrices; `D^T u_j = s_j v_j` nearly holds.
 
     Attributes:
         U: `(modules, d_out, rank)`, orthonormal columns.

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flexlora.lowrank.basis import Basis, extend, orthonormal, small_svd
-from flexlora.lowrank.estimate import Estimate, Triples
+from flexlora.lowrank.estimate import Estimate, Triples, decay
 from flexlora.lowrank.operators import Operator
 
 PROBES = 8
@@ -21,10 +21,9 @@ SMALLEST_BLOCK = 16
 def block_size(rank: int) -> int:
     """Rows per step: a third of the rank, a multiple of 8, 16 or more.
 
-    Small blocks need fewer products for the same accuracy, large ones run faster. The estimates are
-    made for this size: the residuals of smaller blocks say less of what is missing.
+    Small blocks need fewer products for the same accuracy, large ones run faster.
     """
-    return max(SMALLEST_BLOCK, -(-rank // 24) * 8)
+    return max(SMALLEST_BLOCK, rank // 24 * 8)
 
 
 def expected_width(rank: int, limit: int) -> int:
@@ -71,11 +70,11 @@ class Subspace:
         P, C = extend(self.V, Z)
         return Subspace(self.left, self.right.with_(P), self.M, below(self.T, C))
 
-    def restarted(self, X: Tensor) -> Subspace:
-        """With rows in `V` that come from elsewhere."""
-        P, _ = extend(self.V, X)
-        T = torch.nn.functional.pad(self.T, (0, P.shape[1]))
-        return Subspace(self.left, self.right.with_(P), self.M, T)
+    def restarted(self, Y: Tensor) -> Subspace:
+        """With rows in `U` that come from elsewhere."""
+        Q, _ = extend(self.U, Y)
+        M = torch.nn.functional.pad(self.M, (0, Q.shape[1]))
+        return Subspace(self.left.with_(Q), self.right, M, self.T)
 
     @property
     def new(self) -> Float[Tensor, "modules new d_in"]:
@@ -105,20 +104,22 @@ def block_krylov(
 
     Builds orthonormal bases `U` and `V` of `span(D X, (D D^T) D X, ...)` and
     `span(X, (D^T D) X, ...)` for a Gaussian `X` of `block_size(rank)` rows, block by block in turn,
-    and takes the SVD of `D V^T`. The subspaces grow until both hold: the Frobenius error is within
+    and takes the SVD of `U D`. The subspaces grow until both hold: the Frobenius error is within
     `1 + tolerance` of the best at this rank, and each singular value within `direction_tolerance`
     of its own (a small excess in Frobenius norm alone can hide a garbage tail).
 
-    The estimates: once `D` is applied to all of `V`, the residual `||D v_j - s_j u_j||` of each
+    The estimates: once `D^T` is applied to all of `U`, the residual `||D^T u_j - s_j v_j||` of each
     pair found in the half step before is known exactly, from the coefficients alone, and what is
-    missing from each value is taken to be a multiple of it (:data:`~flexlora.lowrank.estimate.MISSING`).
-    The energy outside the subspace is measured on 8 independent Gaussian rows (relative standard
-    deviation `sqrt(2 / (8 effective rank of the tail))`). Before the end these also look for a
-    direction outside that belongs inside: Krylov spaces see a value repeated more often than their
-    block is wide only in part, and their residuals cannot tell.
+    missing from each value follows from it and its decay
+    (:class:`~flexlora.lowrank.estimate.Estimate`). The energy outside the subspace is measured on 8
+    independent Gaussian rows (relative standard deviation `sqrt(2 / (8 effective rank of the
+    tail))`). Before the end these also look for a direction outside that belongs inside: Krylov
+    spaces see a value repeated more often than their block is wide only in part, and their
+    residuals cannot tell.
 
     Cost: `2 l` rows through `D`, `l` about twice the rank (less for a steep spectrum, more
-    for a flat one); orthogonalisation `8 (d_out + d_in) l^2` FLOPs. Random: the start and
+    for a flat one); orthogonalisation `2 (d_out + d_in) l^2` FLOPs or
+    up to twice as many. Random: the start and
     the probes, from `seed`. Not for ranks near `min(d_out, d_in)`: an exact SVD is cheaper there.
 
     Source: Musco and Musco, Randomized Block Krylov Methods for Stronger and Faster Approximate
@@ -137,30 +138,29 @@ def block_krylov(
 
     block = min(block_size(rank), d_out, d_in)
     X, _ = orthonormal(gaussian(block, d_in))
-    space = start(X, d_out, room=3 * (rank + block)).applied(D.apply(X))
-    Z = D.apply_t(torch.cat([space.new_t, gaussian(PROBES, d_out)], 1))
-    space, seen = space.applied_t(Z[:, :-PROBES]), Z[:, -PROBES:]
-    applies = block + Z.shape[1]
+    Y = D.apply(torch.cat([X, gaussian(PROBES, d_in)], 1))
+    space, seen = start(X, d_out, 3 * (rank + block)).applied(Y[:, :-PROBES]), Y[:, -PROBES:]
+    applies, estimate = Y.shape[1], None
     while True:
-        before, X = space, space.new
-        space = space.applied(D.apply(X))
-        applies += X.shape[1]
-        if before.left.full or space.right.full:
+        before, Y = space, space.new_t
+        space = space.applied_t(D.apply_t(Y))
+        applies += Y.shape[1]
+        if before.right.full or space.left.full:
             return triples(space, rank, applies)
         fresh = None
-        if before.left.width >= rank:
-            outside = seen - (seen @ space.V.mT) @ space.V
-            estimate = judge(before, space, outside, rank)
+        if before.right.width >= rank:
+            outside = seen - (seen @ space.U.mT) @ space.U
+            estimate, span = judge(before, space, outside, rank, estimate)
             if estimate.within(tolerance, direction_tolerance):
                 applies += PROBES
-                W, _ = extend(space.V, outside)
-                if bool(strongest(D.apply(W)).le(estimate.weakest).all()):
-                    return triples(space, rank, applies, estimate)
-                fresh = gaussian(block, d_in)
-        Y = space.new_t
-        space = space.applied_t(D.apply_t(Y))
+                W, _ = extend(space.U, outside)
+                if bool(strongest(D.apply_t(W)).le(estimate.weakest).all()):
+                    return triples(space, rank, applies, estimate, span)
+                fresh = gaussian(block, d_out)
+        X = space.new
+        space = space.applied(D.apply(X))
         space = space if fresh is None else space.restarted(fresh)
-        applies += Y.shape[1]
+        applies += X.shape[1]
 
 
 def start(X: Float[Tensor, "modules block d_in"], d_out: int, room: int) -> Subspace:
@@ -171,21 +171,35 @@ def start(X: Float[Tensor, "modules block d_in"], d_out: int, room: int) -> Subs
     return Subspace(Basis(left, 0), Basis(right, 0).with_(X), none, none)
 
 
-def judge(before: Subspace, space: Subspace, outside: Tensor, rank: int) -> Estimate:
-    """How good `space` is, from the residuals of the pairs of `before`; no product with `D`.
+def judge(
+    before: Subspace, space: Subspace, outside: Tensor, rank: int, earlier: Estimate | None
+) -> tuple[Estimate, Float[Tensor, "modules v span"]]:
+    """How good the leading pairs of `before` are in `space`, and a span in `V` that holds them.
 
-    The pairs are those of `U D = T V`: `D v_j` leaves the span of `U` only through the rows of `V`
-    that `D` had not been applied to, into the rows that `U` has gained since.
+    The pairs are those of `V D^T = M U`: `D^T u_j` leaves the span of `V` only through the rows of
+    `U` that `D^T` had not been applied to, into the rows that `V` has gained since. The span is
+    that of these rows, of the first `rank` pairs and of as many beyond them: the others hardly
+    matter to the head (as in the thick restart of Lanczos methods). `earlier` is the estimate of
+    the step before. No product with `D`.
     """
-    known, eps = before.M.shape[1], torch.finfo(space.M.dtype).eps
-    T, R = before.T.double(), space.M[:, known:, before.left.width :].double()
-    W, S = small_svd(before.T, rank)
-    new = T[:, :, known:].mT @ W / S.clamp_min(eps * S[:, :1] + 1e-300)[:, None]
-    residual = (R.mT @ new).square().sum(1)
-    found = S.square() + residual
-    inside = T.square().sum((1, 2)) + R.square().sum((1, 2)) - found.sum(1)
+    known, width = before.T.shape[1], before.right.width
+    M, R = before.M.double(), space.T[:, known:, width:].double()
+    gained, dtype = R.shape[2], space.M.dtype
+    pairs, S = small_svd(M, min(width, rank + gained), dtype)
+    left = M[:, :, known:].mT @ pairs[..., :rank] / above_rounding(S[:, :rank], dtype)
+    residual = (R.mT @ left).square().sum(1)
+    found = S[:, :rank].square() + residual
+    inside = M.square().sum((1, 2)) + R.square().sum((1, 2)) - found.sum(1)
     tail = outside.double().square().sum((1, 2)) / PROBES + inside.clamp_min(0)
-    return Estimate(found, residual, tail, eps)
+    span = torch.nn.functional.pad(pairs, (0, gained, 0, gained))
+    span[:, width:, pairs.shape[2] :] = torch.eye(gained)
+    rate = decay(residual, found, earlier)
+    return Estimate(found, residual, rate, tail, torch.finfo(dtype).eps), span
+
+
+def above_rounding(S: Tensor, dtype: torch.dtype) -> Float[Tensor, "modules 1 rank"]:
+    """Singular values to divide by: those near rounding belong to vectors that are not used."""
+    return S[:, None].clamp_min(1e-300).maximum(torch.finfo(dtype).eps * S[:, None, :1])
 
 
 def strongest(Y: Tensor) -> Tensor:
@@ -196,19 +210,24 @@ def strongest(Y: Tensor) -> Tensor:
 
 
 def triples(
-    space: Subspace, rank: int, applies: int, estimate: Estimate | None = None
+    space: Subspace,
+    rank: int,
+    applies: int,
+    estimate: Estimate | None = None,
+    span: Float[Tensor, "modules v span"] | None = None,
 ) -> Triples:
-    """The head of `D V^T V = (M U)^T V`; with no estimate, that is all of `D`."""
-    M = space.M.double()
-    X, S = small_svd(space.M, rank)
-    P = M.mT @ X / S.clamp_min(1e-300)[:, None]
-    U, Vh = space.U.mT @ P.to(space.U), X.mT.to(space.V) @ space.V
+    """The head of `U^T U D = U^T T V`: in a span, or with no estimate all of it, which is `D`'s."""
+    T, dtype = space.T.double(), space.T.dtype
+    N = T if span is None else T @ span
+    X, S = small_svd(N.mT, rank, dtype)
+    left, right = N @ X / above_rounding(S, dtype), X if span is None else span @ X
+    U, Vh = space.U.mT @ left.to(dtype), right.mT.to(dtype) @ space.V
     squares = S.square()
     if estimate is None:
-        tail = (M.square().sum((1, 2)) - squares.sum(1)).clamp_min(0)
-        eps = torch.finfo(space.M.dtype).eps
-        estimate = Estimate(squares, torch.zeros_like(squares), tail, eps)
+        none, eps = torch.zeros_like(squares), torch.finfo(dtype).eps
+        tail = T.square().sum((1, 2)) - squares.sum(1)
+        estimate = Estimate(squares, none, none[:, 0], tail.clamp_min(0), eps)
     else:
         tail = estimate.tail + estimate.squares.sum(1) - squares.sum(1)
         estimate = replace(estimate, squares=squares, tail=tail.clamp_min(0))
-    return Triples(U, S.to(U), Vh, estimate, applies)
+    return Triples(U, S.to(dtype), Vh, estimate, applies)

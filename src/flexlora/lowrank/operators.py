@@ -157,7 +157,7 @@ class Sum:
             _add(out, B, A, f)
 
     def part(self, rows: slice) -> Sum:
-        """Of those rows of each `A` and columns of each `B` only; terms without any are left out."""
+        """Of those rows of each `A` and columns of each `B` only; without terms that have none."""
         having = [k for k, t in enumerate(self.modules[0]) if t.rank > (rows.start or 0)]
         modules = [
             [LowRank(m[k].B[:, rows], m[k].A[rows], m[k].scaling) for k in having]

@@ -16,7 +16,6 @@ from flexlora.lowrank.operators import DenseMatrix, Sum
 PROBES = 8
 """Gaussian rows that measure the rounding, and found directions that it is measured in."""
 
-
 ROWS = 512
 """Terms are concatenated to about this many: fewer spend their time on adding to the sum."""
 
@@ -28,8 +27,9 @@ def has_fast_products(dtype: torch.dtype, device: torch.device) -> bool:
 
 @functools.cache
 def _has_matrix_units() -> bool:
-    told = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 or newer
-    return bool(told.get("amx_bf16")) and hasattr(torch.backends.mkldnn, "matmul")
+    if not (hasattr(torch.cpu, "get_capabilities") and hasattr(torch.backends.mkldnn, "matmul")):
+        return False  # a torch that cannot be asked
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def rounded_sum(total: Sum) -> DenseMatrix:
