@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexlora.lowrank.basis import extend, orthonormal, small_svd
+from flexlora.lowrank.krylov import start
+from flexlora.lowrank.operators import DenseMatrix
 
 
 def off(rows: torch.Tensor) -> float:
@@ -46,6 +48,34 @@ def test_extended_bases_are_orthonormal_and_hold_what_was_added(width, more, kin
     eps = torch.finfo(dtype).eps
     assert off(both) <= 100 * eps
     torch.testing.assert_close(C @ both, Y, rtol=0, atol=float(50 * eps * (1 + Y.norm())))
+
+
+def test_one_dependent_module_does_not_spoil_the_others():
+    g = torch.Generator().manual_seed(0)
+    known = orthonormal(torch.randn(2, 4, 20, generator=g))[0]
+    Y = torch.stack([torch.randn(6, 20, generator=g), torch.zeros(6, 20)])
+    Q, C = extend(known, Y)
+    both = torch.cat([known, Q], 1)
+    assert off(both) < 1e-5
+    torch.testing.assert_close(C @ both, Y, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_identities_hold_as_a_subspace_grows(dtype):
+    """`V D^T = M U` and `U D = T V`, past the room made at the start and past a restart."""
+    g = torch.Generator().manual_seed(0)
+    D = DenseMatrix(torch.randn(2, 60, 45, generator=g).to(dtype))
+    X = orthonormal(torch.randn(2, 5, 45, generator=g).to(dtype))[0]
+    space = start(X, 60, room=6)
+    for step in range(6):
+        space = space.applied(D.apply(space.new))
+        torch.testing.assert_close(D.apply(space.V), space.M @ space.U, rtol=0, atol=1e-4)
+        if step == 2:
+            space = space.restarted(torch.randn(2, 3, 60, generator=g).to(dtype))
+        space = space.applied_t(D.apply_t(space.new_t))
+        torch.testing.assert_close(D.apply_t(space.U), space.T @ space.V, rtol=0, atol=1e-4)
+    assert off(space.U) < 1e-5
+    assert off(space.V) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

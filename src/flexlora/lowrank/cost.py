@@ -78,16 +78,16 @@ def cost(
     """The work of one path.
 
     With `m, n = d_out, d_in`, `k = min(m, n)`, `R = sum r_k`, the rank `r` wanted, and `l`, `b` the
-    width of the Krylov subspace and of its blocks (`t` stands for `(m + n) (4 l^2 + 2 l r)`,
-    orthogonalisation and result; float64 counts twice):
+    width of the Krylov subspace and of its blocks, `c = 2 l + b + 16` rows multiplied (`t` stands
+    for `(m + n) (4 l^2 + 2 l r)`, orthogonalisation and result; float64 counts twice):
 
     | path | products | factorisations |
     |---|---|---|
     | core | `2 R^3 + 2 (m + n) R r` | QR `4 (m + n) R^2`, SVD `22 R^3` |
     | gram | `2 m n (R + 2 k + r) + 2 (m + n) r^2` | eigenvectors `18 k^3`, SVD `22 r^3` |
     | dense | `2 m n R` | SVD `22 k^3 + 4 (m n - k^2) k` |
-    | dense-krylov | `2 m n (R + 2 l) + t` | Cholesky `12 (m + n) l b`, eigenvectors `58 l^3` |
-    | krylov | `4 R (m + n) l + t` | the same |
+    | dense-krylov | `2 m n (R + c) + t` | Cholesky `6 (m + n) l b`, eigenvectors `25 l^3` |
+    | krylov | `2 R (m + n) c + t` | the same |
 
     Args:
         path: which.
@@ -97,7 +97,7 @@ def cost(
         rank: `r`.
         itemsize: bytes per number of the arithmetic.
         fast: whether the sum of `dense-krylov` is formed with factors rounded to bfloat16, all but
-            their first 8 rows, which takes another `64 R (m + n)` FLOPs to measure.
+            their first 8 rows, which 16 rows more through both measure.
     """
     (m, n), R, r = shape, total_rank, rank
     k = min(m, n)
@@ -121,7 +121,7 @@ def cost(
         if not fast:
             return whole
         head = 2.0 * m * n * min(HEAD * terms, R)
-        gemm += head + 64.0 * R * (m + n)
+        gemm += head + 32.0 * (R * (m + n) + m * n)
         return replace(whole, gemm=gemm, bytes=moved + read, fast=form - head)
     gemm, moved = 2.0 * R * (m + n) * columns + tidy, read * (1 + steps / 4)
     return Cost(gemm, b, factor, width, moved, steps * (30 + terms / 2))

@@ -53,9 +53,10 @@ class Quality:
         path: the way that was taken.
         excess: estimated `||D - D_r||_F` over the best at this rank, minus 1.
         sigma_error: `(rank,)` estimated relative error of each singular value.
-        angle: `(rank,)` estimated `||D^T u_j - s_j v_j|| / s_j`: how far a pair is from being one;
-            the sine of the angle to the true subspace is at most this times `s_j / gap` (Wedin).
-        applies: columns multiplied with `D`, 0 on exact paths.
+        angle: `(rank,)` the residual of each pair half a step before, over `s_j`, for a bound of
+            `||D v_j - s_j u_j|| / s_j` and `||D^T u_j - s_j v_j|| / s_j`; the sine of the angle to
+            the true subspace is at most this times `s_j / gap` (Wedin).
+        applies: vectors multiplied with `D`, 0 on exact paths.
     """
 
     path: Path
@@ -182,10 +183,12 @@ def _iterate(total: Sum, path: Path, rank: int, seed: int, options: Options) -> 
         return block_krylov(kept, rank, seed, *tolerances, like=total.like)
     if options.fast_products and has_fast_products(total.dtype, total.device):
         D = rounded_sum(total)
-        found = block_krylov(D, rank, seed, *tolerances, like=total.like)
-        found = with_rounding(found, total, D, seed)
+        tighter = 0.9 * options.tolerance, 0.9 * options.direction_tolerance
+        found = block_krylov(D, rank, seed, *tighter, like=total.like)
+        found = with_rounding(found, total, D, seed)  # which takes the rest of the tolerances
         if found.estimate.within(*tolerances):
             return found
+        del D
     return block_krylov(total.dense(), rank, seed, *tolerances, like=total.like)
 
 

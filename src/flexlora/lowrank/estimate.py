@@ -65,7 +65,7 @@ class Estimate:
 
     @property
     def angle(self) -> Float[Tensor, "modules rank"]:
-        """The residuals relative to the singular values, at most 1; 0 at rounding level."""
+        """Those residuals and the worst tilt, relative to singular values; 0 at rounding level."""
         share = self.residual / self.squares.clamp_min(1e-300)
         return torch.where(self.sound, (share.sqrt() + self.worst_tilt).clamp_max(1), 0.0)
 

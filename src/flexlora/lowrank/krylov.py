@@ -154,9 +154,11 @@ def block_krylov(
             if estimate.within(tolerance, direction_tolerance):
                 applies += PROBES
                 W, _ = extend(space.U, outside)
-                if bool(strongest(D.apply_t(W)).le(estimate.weakest).all()):
-                    return triples(space, rank, applies, estimate, span)
-                fresh = gaussian(block, d_out)
+                found = triples(space, rank, applies, estimate, span)
+                if not bool(strongest(D.apply_t(W)).le(estimate.weakest).all()):
+                    fresh = gaussian(block, d_out)
+                elif found.estimate.within(tolerance, direction_tolerance):
+                    return found
         X = space.new
         space = space.applied(D.apply(X))
         space = space if fresh is None else space.restarted(fresh)
@@ -192,7 +194,7 @@ def judge(
     inside = M.square().sum((1, 2)) + R.square().sum((1, 2)) - found.sum(1)
     tail = outside.double().square().sum((1, 2)) / PROBES + inside.clamp_min(0)
     span = torch.nn.functional.pad(pairs, (0, gained, 0, gained))
-    span[:, width:, pairs.shape[2] :] = torch.eye(gained)
+    span[:, width:, pairs.shape[2] :] = torch.eye(gained, dtype=span.dtype, device=span.device)
     rate = decay(residual, found, earlier)
     return Estimate(found, residual, rate, tail, torch.finfo(dtype).eps), span
 

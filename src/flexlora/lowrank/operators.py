@@ -73,7 +73,7 @@ Room = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Sum:
-    """`sum_k w_k s_k B_k A_k / scale` per module, applied in `2 R (d_out + d_in)` FLOPs a column.
+    """`sum_k w_k s_k B_k A_k / scale` per module, applied in `2 R (d_out + d_in)` FLOPs a row.
 
     The division by `scale`, a power of two near the largest term, keeps squares and products within
     range for updates of any size; powers of two round nothing. Factors that already have the right
@@ -163,11 +163,17 @@ class Sum:
             [LowRank(m[k].B[:, rows], m[k].A[rows], m[k].scaling) for k in having]
             for m in self.modules
         ]
-        shrink = [[s[k] for k in having] for s in self.shrink]
-        return replace(self, modules=modules, f=self.f[:, having], shrink=shrink)
+        return replace(
+            self,
+            modules=modules,
+            f=self.f[:, having],
+            shrink=[[s[k] for k in having] for s in self.shrink],
+            groups=_groups(modules[0], MERGE_RANK, alone=MERGE_RANK // 2),
+            kept={},
+        )
 
     def merged(self, rows: int) -> Sum:
-        """The same, with terms concatenated to about `rows` rows, each block a copy."""
+        """The same, with neighbouring terms concatenated to about `rows` rows."""
         return replace(self, groups=_groups(self.modules[0], rows, alone=rows), kept={})
 
     def keeping(self, cache_bytes: int) -> Sum:
