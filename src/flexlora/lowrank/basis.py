@@ -75,8 +75,8 @@ def orthonormal(
         wide = X.double()
         L, failed = torch.linalg.cholesky_ex(wide @ wide.mT)
         if not bool(failed.any()):
-            Q = torch.linalg.solve_triangular(L, wide, upper=False)
-            return Q.to(X.dtype), L.diagonal(dim1=1, dim2=2).amin(1)
+            torch.linalg.solve_triangular(L, wide, upper=False, out=wide)
+            return wide.to(X.dtype), L.diagonal(dim1=1, dim2=2).amin(1)
     noise = torch.randn(X.shape[1:], generator=torch.Generator().manual_seed(seed)).to(X)
     level = X.norm(dim=(1, 2), keepdim=True).clamp_min(1) * torch.finfo(X.dtype).eps
     Q, R = torch.linalg.qr((X + level * noise).mT)

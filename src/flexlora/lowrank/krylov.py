@@ -154,11 +154,12 @@ def block_krylov(
             if estimate.within(tolerance, direction_tolerance):
                 applies += PROBES
                 W, _ = extend(space.U, outside)
-                found = triples(space, rank, applies, estimate, span)
                 if not bool(strongest(D.apply_t(W)).le(estimate.weakest).all()):
                     fresh = gaussian(block, d_out)
-                elif found.estimate.within(tolerance, direction_tolerance):
-                    return found
+                else:
+                    found = triples(space, rank, applies, estimate, span)
+                    if found.estimate.within(tolerance, direction_tolerance):
+                        return found
         X = space.new
         space = space.applied(D.apply(X))
         space = space if fresh is None else space.restarted(fresh)
