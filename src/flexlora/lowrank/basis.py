@@ -49,13 +49,13 @@ def extend(
     adds nothing and random rows do.
     """
     first, seed = Y @ known.mT, known.shape[1]
-    rest = Y - first @ known
+    rest = torch.baddbmm(Y, first, known, alpha=-1)
     Q, least = orthonormal(rest[:, : known.shape[2] - known.shape[1]], seed)
     longest = torch.nn.functional.pad(Y.norm(dim=2), (0, 1)).amax(1)  # of no rows: 0
     for _ in range(PASSES):
         if bool(least.gt(0.2 * longest).all()):
             break
-        Q, least = orthonormal(Q - (Q @ known.mT) @ known, seed)
+        Q, least = orthonormal(torch.baddbmm(Q, Q @ known.mT, known, alpha=-1), seed)
         longest = torch.ones_like(longest)
     return Q, torch.cat([first, rest @ Q.mT], 2)
 
