@@ -45,6 +45,18 @@ def test_iterative_paths(path):
     assert expected / 2 < counted < expected * 2
 
 
+def test_a_rounded_sum_is_the_same_work_and_what_measures_it():
+    """Split between fast and full products; the former are those beyond each term's first rows."""
+    ranks, (m, n) = [8] * 3 + [40] * 6, (500, 400)
+    args = "dense-krylov", (m, n), len(ranks), sum(ranks), 40
+    plain, fast = cost(*args), cost(*args, fast=True)
+    assert plain.fast == 0
+    assert fast.gemm + fast.fast == pytest.approx(plain.gemm + 32 * (sum(ranks) * (m + n) + m * n))
+    assert fast.fast == 2 * m * n * (sum(ranks) - 8 * len(ranks))
+    large = "dense-krylov", (2048, 2048), 80, 13192, 200
+    assert cost(*large, fast=True).seconds < cost(*large).seconds
+
+
 def test_the_choice():
     """Few ranks: the core; a large cohort: on the sum, or on its terms; all of a matrix: exact."""
     assert choose((2048, 2048), 1, 8, 8) == "core"

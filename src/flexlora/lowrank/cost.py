@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from flexlora.lowrank.krylov import PROBES, block_size, expected_width
+from flexlora.lowrank.rounded import HEAD
 
 Path = Literal["core", "gram", "dense", "dense-krylov", "krylov"]
 """The ways to factorise a weighted sum of products.
@@ -58,9 +59,6 @@ GEMM_RATE, FACTOR_RATE, MEMORY_RATE, CALL = 180e9, 150e9, 6e9, 30e-6
 
 FAST = 2.2
 """How much faster a sum is formed on bfloat16 matrix units: on two cores with AMX."""
-
-HEAD = 8
-"""Rows of each term whose products are not fast."""
 
 HALF_COLUMNS, HALF_SIZE = 15, 500
 """Products this narrow, and factorisations this small, run at half those rates."""

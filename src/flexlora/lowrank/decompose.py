@@ -157,7 +157,7 @@ def decompose_modules(
         rank,
         total.dtype.itemsize,
         exact=options.tolerance <= 0,
-        fast=options.fast_products and has_fast_products(total.dtype, total.device),
+        fast=_rounds(total, options),
     )
     if path in EXACT:
         U, S, Vh = _exact(total, path, rank)
@@ -176,12 +176,16 @@ def _exact(total: Sum, path: Path, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return gram_svd(D, rank) if path == "gram" and D.dtype == torch.float32 else dense_svd(D)
 
 
+def _rounds(total: Sum, options: Options) -> bool:
+    return options.fast_products and has_fast_products(total.dtype, total.device)
+
+
 def _iterate(total: Sum, path: Path, rank: int, seed: int, options: Options) -> Triples:
     tolerances = (options.tolerance, options.direction_tolerance)
     if path == "krylov":
         kept = total.keeping(options.cache_bytes)
         return block_krylov(kept, rank, seed, *tolerances, like=total.like)
-    if options.fast_products and has_fast_products(total.dtype, total.device):
+    if _rounds(total, options):
         D = rounded_sum(total)
         tighter = 0.9 * options.tolerance, 0.9 * options.direction_tolerance
         found = block_krylov(D, rank, seed, *tighter, like=total.like)

@@ -117,10 +117,10 @@ def block_krylov(
     spaces see a value repeated more often than their block is wide only in part, and their
     residuals cannot tell.
 
-    Cost: `2 l` rows through `D`, `l` about twice the rank (less for a steep spectrum, more
-    for a flat one); orthogonalisation `2 (d_out + d_in) l^2` FLOPs or
-    up to twice as many. Random: the start and
-    the probes, from `seed`. Not for ranks near `min(d_out, d_in)`: an exact SVD is cheaper there.
+    Cost: `2 l` rows through `D`, `l` about twice the rank (less for a steep spectrum, more for a
+    flat one); orthogonalisation `2 (d_out + d_in) l^2` FLOPs or up to twice as many. Random: the
+    start and the probes, from `seed`. Not for ranks near `min(d_out, d_in)`: an exact SVD is
+    cheaper there.
 
     Source: Musco and Musco, Randomized Block Krylov Methods for Stronger and Faster Approximate
     Singular Value Decomposition, NeurIPS 2015, arXiv 1504.05477, Algorithm 2; Tropp and Webber,

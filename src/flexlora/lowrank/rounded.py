@@ -9,12 +9,14 @@ from dataclasses import replace
 
 import torch
 
-from flexlora.lowrank.cost import HEAD
 from flexlora.lowrank.estimate import Triples
 from flexlora.lowrank.operators import DenseMatrix, Sum
 
 PROBES = 8
 """Gaussian rows that measure the rounding, and found directions that it is measured in."""
+
+HEAD = 8
+"""First rows of each term that are not rounded."""
 
 ROWS = 512
 """Terms are concatenated to about this many: fewer spend their time on adding to the sum."""
