@@ -37,7 +37,7 @@ class Estimate:
 
     @property
     def gain(self) -> Float[Tensor, "modules rank"]:
-        """What is missing from each squared singular value: `3 e^2 (1 / 2 + q) / (1 - q)`.
+        """What is missing from each squared singular value: `4 e^2 (1 / 2 + q) / (1 - q)`.
 
         For a squared residual `e^2` that decays by `q` a step. A pair `(u, s, v)` with `D v = s u`
         and `||D^T u - s v|| = e` has `s^2 + e^2` after half a step more at least; what is missing
@@ -46,7 +46,7 @@ class Estimate:
         missing. There it was `e^2 / 2` where a gap follows (`q` near 0), up to `8 e^2` where none
         does (`q = 0.6`).
         """
-        factor = 3 * (0.5 + self.rate) / (1 - self.rate)
+        factor = 4 * (0.5 + self.rate) / (1 - self.rate)
         return factor[:, None] * self.residual
 
     @property
