@@ -17,7 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import get_args
 
@@ -202,16 +202,16 @@ HEAD = (
 )
 
 
-def all_paths(case: Case) -> dict[str, object]:
+def all_paths(case: Case, options: Options) -> dict[str, object]:
     """Seconds of every path that can be the fastest, and how far the chosen one is from it."""
     terms, rank, total = cohort(case), max(case.ranks), sum(case.ranks)
     weights = [1 / len(terms)] * len(terms)
     seconds = {}
     for path in get_args(Path):
         if path != "core" or total <= 3 * min(case.d_out, case.d_in):
-            options = Options(path=path)
-            seconds[path] = best_of(3, partial(decompose, terms, weights, rank, options=options))
-    fast = has_fast_products(*HERE)
+            this = replace(options, path=path)
+            seconds[path] = best_of(3, partial(decompose, terms, weights, rank, options=this))
+    fast = options.fast_products and has_fast_products(*HERE)
     chosen = choose((case.d_out, case.d_in), len(terms), total, rank, fast=fast)
     fastest = min(seconds, key=seconds.__getitem__)
     return {
@@ -252,7 +252,7 @@ def main() -> None:
     if args.grid:
         rows = []
         for case in GRID:
-            rows.append(all_paths(case))
+            rows.append(all_paths(case, options))
             print(*rows[-1].values(), flush=True)
         worst = max(float(str(r["ratio"])) for r in rows)
         print(json.dumps({"threads": threads, "worst_ratio": worst, "cases": len(rows)}))
