@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from flexlora.lowrank.krylov import POWER_STEPS, PROBES, block_size, expected_width
+from flexlora.lowrank.krylov import PROBES, block_size, expected_width
+from flexlora.lowrank.operators import DenseMatrix, Sum
 from flexlora.lowrank.rounded import HEAD
 
 Path = Literal["core", "gram", "dense", "dense-krylov", "krylov"]
@@ -76,8 +77,9 @@ def cost(
     """The work of one path.
 
     With `m, n = d_out, d_in`, `k = min(m, n)`, `R = sum r_k`, the rank `r` wanted, and `l`, `b` the
-    width of the Krylov subspace and of its blocks, `c = 2 l + 4 b + 16` rows multiplied (`t` stands
-    for `(m + n) (4 l^2 + 2 l r)`, orthogonalisation and result; float64 counts twice):
+    width of the Krylov subspace and of its blocks, `p` its power steps, `c = 2 (l + p b + 8)` rows
+    multiplied (`t` stands for `(m + n) (4 l^2 + 2 l r)`, orthogonalisation and result; float64
+    counts twice):
 
     | path | products | factorisations |
     |---|---|---|
@@ -109,8 +111,9 @@ def cost(
         return Cost(gemm, 128, 18.0 * k**3 + 22.0 * r**3, k, 2 * written, 10 + terms)
     if path == "dense":
         return Cost(form, 128, 22.0 * k**3 + 4.0 * (m * n - k * k) * k, k, written, 2 + terms)
-    b, width = block_size(r), expected_width(r, min(k, R))
-    steps, columns = -(-width // b), 2 * (width + POWER_STEPS * b + PROBES)
+    b, power = block_size(r), (DenseMatrix if path == "dense-krylov" else Sum).power_steps
+    width = expected_width(r, power, min(k, R))
+    steps, columns = -(-width // b), 2 * (width + power * b + PROBES)
     tidy = (m + n) * (4.0 * width**2 + 2.0 * width * r)
     factor = 6.0 * (m + n) * width * b + 25.0 * width**3
     if path == "dense-krylov":

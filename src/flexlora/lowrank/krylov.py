@@ -15,9 +15,6 @@ from flexlora.lowrank.operators import Operator
 PROBES = 8
 """Gaussian rows that measure the energy outside the subspace (seen by nothing else)."""
 
-POWER_STEPS = 2
-"""Of `D^T D` on the random start."""
-
 SMALLEST_BLOCK = 16
 
 
@@ -29,9 +26,9 @@ def block_size(rank: int) -> int:
     return max(SMALLEST_BLOCK, rank // 24 * 8)
 
 
-def expected_width(rank: int, limit: int) -> int:
+def expected_width(rank: int, power_steps: int, limit: int) -> int:
     """Rows of the subspace at which a noisy spectrum is usually resolved to 1 %."""
-    return min(2 * rank, limit)
+    return min(2 * rank + (2 - power_steps) * block_size(rank), limit)
 
 
 @dataclass(frozen=True)
@@ -107,8 +104,8 @@ def block_krylov(
 
     Builds orthonormal bases `U` and `V` of `span(D X, (D D^T) D X, ...)` and
     `span(X, (D^T D) X, ...)`, block by block in turn, and takes the SVD of `U D`. `X` are
-    `block_size(rank)` Gaussian rows after two steps of `D^T D`: it takes as many products as two
-    blocks would, but leaves the subspaces as much narrower. They grow until both hold: the
+    `block_size(rank)` Gaussian rows after one or two steps of `D^T D`: these take as many products
+    as blocks would, but leave the subspaces as much narrower. They grow until both hold: the
     Frobenius error is within `1 + tolerance` of the best at this rank, and each singular value
     within `direction_tolerance` of its own (a small excess in Frobenius norm alone can hide a
     garbage tail).
@@ -122,10 +119,10 @@ def block_krylov(
     spaces see a value repeated more often than their block is wide only in part, and their
     residuals cannot tell.
 
-    Cost: `2 l + 4 b` rows through `D`, `l` about twice the rank (less for a steep spectrum, more
-    for a flat one) and `b` the block; orthogonalisation `2 (d_out + d_in) l^2` FLOPs or up to twice
-    as many. Random: the start and the probes, from `seed`. Not for ranks near `min(d_out, d_in)`:
-    an exact SVD is cheaper there.
+    Cost: `2 (l + p b)` rows through `D`, `b` the block, `p` the power steps and `l` about twice the
+    rank (less for a steep spectrum, more for a flat one); orthogonalisation
+    `2 (d_out + d_in) l^2` FLOPs or up to twice as many. Random: the start and the probes, from
+    `seed`. Not for ranks near `min(d_out, d_in)`: an exact SVD is cheaper there.
 
     Source: Musco and Musco, Randomized Block Krylov Methods for Stronger and Faster Approximate
     Singular Value Decomposition, NeurIPS 2015, arXiv 1504.05477, Algorithm 2; Tropp and Webber,
@@ -143,12 +140,12 @@ def block_krylov(
 
     block = min(block_size(rank), d_out, d_in)
     X = gaussian(block, d_in)
-    for _ in range(POWER_STEPS):
+    for _ in range(D.power_steps):
         X = D.apply_t(D.apply(orthonormal(X)[0]))
     X, _ = extend(X[:, :0], X)
     Y = D.apply(torch.cat([X, gaussian(PROBES, d_in)], 1))
     space, seen = start(X, d_out, 2 * (rank + block)).applied(Y[:, :-PROBES]), Y[:, -PROBES:]
-    applies, estimate = 2 * POWER_STEPS * block + Y.shape[1], None
+    applies, estimate = 2 * D.power_steps * block + Y.shape[1], None
     while True:
         before, Y = space, space.new_t
         space = space.applied_t(D.apply_t(Y))

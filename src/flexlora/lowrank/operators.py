@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,14 @@ PLAIN = 2.0**40
 
 
 class Operator(Protocol):
-    """What the iterative factorisations need of a batch of matrices."""
+    """What the iterative factorisations need of a batch of matrices.
+
+    Attributes:
+        power_steps: of `D^T D` on a random start, before the subspaces grow. On a noisy spectrum
+            they cost no products, on a steep one a few: more of them where products are cheap.
+    """
+
+    power_steps: ClassVar[int]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -43,6 +50,7 @@ class Operator(Protocol):
 class DenseMatrix:
     """A batch of matrices in memory."""
 
+    power_steps: ClassVar[int] = 2
     D: Float[Tensor, "modules d_out d_in"]
 
     @property
@@ -91,6 +99,7 @@ class Sum:
         groups: which terms form a block.
     """
 
+    power_steps: ClassVar[int] = 1
     modules: Sequence[Sequence[LowRank]]
     f: Float[Tensor, "modules terms"]
     shrink: Sequence[Sequence[tuple[float, float]]]
