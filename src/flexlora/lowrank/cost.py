@@ -61,7 +61,7 @@ GEMM_RATE, FACTOR_RATE, MEMORY_RATE, CALL = 180e9, 150e9, 6e9, 30e-6
 FAST = 2.2
 """How much faster a sum is formed on bfloat16 matrix units: on two cores with AMX."""
 
-HALF_COLUMNS, HALF_SIZE = 15, 500
+HALF_COLUMNS, HALF_SIZE = 25, 500
 """Products this narrow, and factorisations this small, run at half those rates."""
 
 

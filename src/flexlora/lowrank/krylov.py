@@ -28,7 +28,7 @@ def block_size(rank: int) -> int:
 
 def expected_width(rank: int, power_steps: int, limit: int) -> int:
     """Rows of the subspace at which a noisy spectrum is usually resolved to 1 %."""
-    return min(2 * rank + (2 - power_steps) * block_size(rank), limit)
+    return min((8 - power_steps) * rank // 3, limit)
 
 
 @dataclass(frozen=True)
