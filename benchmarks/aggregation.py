@@ -209,10 +209,10 @@ def all_paths(case: Case, options: Options) -> dict[str, object]:
     seconds = {}
     for path in get_args(Path):
         if path != "core" or total <= 3 * min(case.d_out, case.d_in):
-            this = replace(options, path=path)
-            seconds[path] = best_of(3, partial(decompose, terms, weights, rank, options=this))
-    fast = options.fast_products and has_fast_products(*HERE)
-    chosen = choose((case.d_out, case.d_in), len(terms), total, rank, fast=fast)
+            forced = replace(options, path=path)
+            seconds[path] = best_of(3, partial(decompose, terms, weights, rank, options=forced))
+    shape = case.d_out, case.d_in
+    chosen = choose(shape, len(terms), total, rank, fast=options.fast_products)
     fastest = min(seconds, key=seconds.__getitem__)
     return {
         "d_out": case.d_out,
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--one-core", action="store_true", help="one thread, its CPU seconds")
     parser.add_argument("--no-fast-products", action="store_true", help="as without AMX")
     args = parser.parse_args()
-    options = Options(fast_products=not args.no_fast_products)
+    options = Options(fast_products=has_fast_products(*HERE) and not args.no_fast_products)
     if args.one_core:
         torch.set_num_threads(1)
     threads = torch.get_num_threads()
@@ -255,7 +255,8 @@ def main() -> None:
             rows.append(all_paths(case, options))
             print(*rows[-1].values(), flush=True)
         worst = max(float(str(r["ratio"])) for r in rows)
-        print(json.dumps({"threads": threads, "worst_ratio": worst, "cases": len(rows)}))
+        summary = {"fast_products": options.fast_products, "worst_ratio": worst, "cases": len(rows)}
+        print(json.dumps({"threads": threads, **summary}))
         return
     print(HEAD)
     rows = []
@@ -265,7 +266,7 @@ def main() -> None:
         print(show(row), flush=True)
     summary = {
         "threads": threads,
-        "fast_products": options.fast_products and has_fast_products(*HERE),
+        "fast_products": options.fast_products,
         "cases": rows,
         "min_speedup": min(float(str(r["speedup"])) for r in rows),
         "max_excess_error": max(float(str(r["excess_error"])) for r in rows),

@@ -70,6 +70,7 @@ def test_the_rounding_is_measured(everywhere):
     wrong = (D.D - total.dense().D).double()
     found = decompose_module.block_krylov(D, 48, 0, 0.01, 0.05, total.like)
     estimate = rounded.with_rounding(found, total, D, seed=0).estimate
+    assert bool((found.estimate.excess < estimate.excess).all())
     assert estimate.rounding.sqrt().item() == pytest.approx(float(wrong.norm()), rel=0.2)
     tilt = (wrong @ found.Vh.mT.double()).norm(dim=1)[:, -rounded.PROBES :]
     torch.testing.assert_close(

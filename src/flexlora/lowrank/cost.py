@@ -62,7 +62,7 @@ FAST = 2.2
 """How much faster a sum is formed on bfloat16 matrix units: on two cores with AMX."""
 
 HALF_COLUMNS, HALF_SIZE = 25, 500
-"""Products this narrow, and factorisations this small, run at half those rates."""
+"""Products this narrow, and factorisations this small, run at half those rates: a Xeon with AMX."""
 
 
 def cost(
@@ -113,7 +113,7 @@ def cost(
         return Cost(form, 128, 22.0 * k**3 + 4.0 * (m * n - k * k) * k, k, written, 2 + terms)
     b, power = block_size(r), (DenseMatrix if path == "dense-krylov" else Sum).power_steps
     width = expected_width(r, power, min(k, R))
-    steps, columns = -(-width // b), 2 * (width + power * b + PROBES)
+    steps, columns = power - (-width // b), 2 * (width + power * b + PROBES)
     tidy = (m + n) * (4.0 * width**2 + 2.0 * width * r)
     factor = 6.0 * (m + n) * width * b + 25.0 * width**3
     if path == "dense-krylov":

@@ -27,8 +27,11 @@ def block_size(rank: int) -> int:
 
 
 def expected_width(rank: int, power_steps: int, limit: int) -> int:
-    """Rows of the subspace at which a noisy spectrum is usually resolved to 1 %."""
-    return min((8 - power_steps) * rank // 3, limit)
+    """Rows of the subspace at which a noisy spectrum is usually resolved to 1 %.
+
+    8 / 3 of the rank, less a third, about a block, for each power step.
+    """
+    return min(max((8 - power_steps) * rank // 3, block_size(rank)), limit)
 
 
 @dataclass(frozen=True)
@@ -104,11 +107,11 @@ def block_krylov(
 
     Builds orthonormal bases `U` and `V` of `span(D X, (D D^T) D X, ...)` and
     `span(X, (D^T D) X, ...)`, block by block in turn, and takes the SVD of `U D`. `X` are
-    `block_size(rank)` Gaussian rows after one or two steps of `D^T D`: these take as many products
-    as blocks would, but leave the subspaces as much narrower. They grow until both hold: the
-    Frobenius error is within `1 + tolerance` of the best at this rank, and each singular value
-    within `direction_tolerance` of its own (a small excess in Frobenius norm alone can hide a
-    garbage tail).
+    `block_size(rank)` Gaussian rows after `D.power_steps` steps of `D^T D`: on a noisy spectrum a
+    step finds what a block would for as many products, and leaves the subspaces a block narrower.
+    They grow until both hold: the Frobenius error is within `1 + tolerance` of the best at this
+    rank, and each singular value within `direction_tolerance` of its own (a small excess in
+    Frobenius norm alone can hide a garbage tail).
 
     The estimates: once `D^T` is applied to all of `U`, the residual `||D^T u_j - s_j v_j||` of each
     pair found in the half step before is known exactly, from the coefficients alone, and what is
@@ -127,9 +130,11 @@ def block_krylov(
     Source: Musco and Musco, Randomized Block Krylov Methods for Stronger and Faster Approximate
     Singular Value Decomposition, NeurIPS 2015, arXiv 1504.05477, Algorithm 2; Tropp and Webber,
     Randomized algorithms for low-rank matrix approximation, 2023, arXiv 2306.12418. Ours keeps
-    the coefficients of the orthogonalisation, so that the small SVD needs no further product, and
-    stops by the estimates above. A start from the average of the clients' `A` was tried: the head
-    is found at once, but the cohort's noise, which fills the rest, takes as many products.
+    the coefficients of the orthogonalisation, so that the small SVD needs no further product, stops
+    by the estimates above, and begins as subspace iteration (Halko, Martinsson and Tropp 2011,
+    Algorithm 4.4, orthonormalised once a step). A start from the average of the clients' `A` was
+    tried: the head is found at once, but the cohort's noise, which fills the rest, takes as many
+    products.
     """
     modules, d_out, d_in = D.shape
     generator = torch.Generator().manual_seed(seed)
@@ -139,12 +144,10 @@ def block_krylov(
         return fresh.to(like).expand(modules, rows, columns)
 
     block = min(block_size(rank), d_out, d_in)
-    X = gaussian(block, d_in)
-    for _ in range(D.power_steps):
-        X = D.apply_t(D.apply(orthonormal(X)[0]))
-    X, _ = extend(X[:, :0], X)
+    room = expected_width(rank, D.power_steps, max(d_out, d_in)) + 2 * block
+    X = powered(D, gaussian(block, d_in))
     Y = D.apply(torch.cat([X, gaussian(PROBES, d_in)], 1))
-    space, seen = start(X, d_out, 2 * (rank + block)).applied(Y[:, :-PROBES]), Y[:, -PROBES:]
+    space, seen = start(X, d_out, room).applied(Y[:, :-PROBES]), Y[:, -PROBES:]
     applies, estimate = 2 * D.power_steps * block + Y.shape[1], None
     while True:
         before, Y = space, space.new_t
@@ -154,21 +157,29 @@ def block_krylov(
             return triples(space, rank, applies)
         fresh = None
         if before.right.width >= rank:
-            outside = seen - (seen @ space.U.mT) @ space.U
+            left = seen - (seen @ space.U.mT) @ space.U
+            outside = left.double().square().sum((1, 2)) / PROBES
             estimate, span = judge(before, space, outside, rank, estimate)
             if estimate.within(tolerance, direction_tolerance):
                 applies += PROBES
-                W, _ = extend(space.U, outside)
+                W, _ = extend(space.U, left)
                 if not bool(strongest(D.apply_t(W)).le(estimate.weakest).all()):
                     fresh = gaussian(block, d_out)
                 else:
-                    found = triples(space, rank, applies, estimate, span)
+                    found = triples(space, rank, applies, outside, estimate, span)
                     if found.estimate.within(tolerance, direction_tolerance):
                         return found
         X = space.new
         space = space.applied(D.apply(X))
         space = space if fresh is None else space.restarted(fresh)
         applies += X.shape[1]
+
+
+def powered(D: Operator, X: Tensor) -> Float[Tensor, "modules block d_in"]:
+    """Orthonormal rows that span `X (D^T D)^p`, for its `p` power steps."""
+    for _ in range(D.power_steps):
+        X = D.apply_t(D.apply(orthonormal(X)[0]))
+    return extend(X[:, :0], X)[0]  # in as many passes as such graded rows take
 
 
 def start(X: Float[Tensor, "modules block d_in"], d_out: int, room: int) -> Subspace:
@@ -180,15 +191,19 @@ def start(X: Float[Tensor, "modules block d_in"], d_out: int, room: int) -> Subs
 
 
 def judge(
-    before: Subspace, space: Subspace, outside: Tensor, rank: int, earlier: Estimate | None
+    before: Subspace,
+    space: Subspace,
+    outside: Float[Tensor, " modules"],
+    rank: int,
+    earlier: Estimate | None,
 ) -> tuple[Estimate, Float[Tensor, "modules v span"]]:
     """How good the leading pairs of `before` are in `space`, and a span in `V` that holds them.
 
     The pairs are those of `V D^T = M U`: `D^T u_j` leaves the span of `V` only through the rows of
     `U` that `D^T` had not been applied to, into the rows that `V` has gained since. The span is
     that of these rows, of the first `rank` pairs and of as many beyond them: the others hardly
-    matter to the head (as in the thick restart of Lanczos methods). `earlier` is the estimate of
-    the step before. No product with `D`.
+    matter to the head (as in the thick restart of Lanczos methods). `outside` is the energy that
+    `U` of `space` misses, `earlier` the estimate of the step before. No product with `D`.
     """
     known, width = before.T.shape[1], before.right.width
     M, R = before.M.double(), space.T[:, known:, width:].double()
@@ -198,7 +213,7 @@ def judge(
     residual = (R.mT @ left).square().sum(1)
     found = S[:, :rank].square() + residual
     inside = M.square().sum((1, 2)) + R.square().sum((1, 2)) - found.sum(1)
-    tail = outside.double().square().sum((1, 2)) / PROBES + inside.clamp_min(0)
+    tail = outside + inside.clamp_min(0)
     span = torch.nn.functional.pad(pairs, (0, gained, 0, gained))
     span[:, width:, pairs.shape[2] :] = torch.eye(gained, dtype=span.dtype, device=span.device)
     rate = decay(residual, found, earlier)
@@ -221,6 +236,7 @@ def triples(
     space: Subspace,
     rank: int,
     applies: int,
+    outside: Float[Tensor, " modules"] | float = 0.0,
     estimate: Estimate | None = None,
     span: Float[Tensor, "modules v span"] | None = None,
 ) -> Triples:
@@ -231,13 +247,10 @@ def triples(
     left, right = N @ X / above_rounding(S, dtype), X if span is None else span @ X
     U, Vh = space.U.mT @ left.to(dtype), right.mT.to(dtype) @ space.V
     squares = S.square()
+    tail = outside + (T.square().sum((1, 2)) - squares.sum(1)).clamp_min(0)
     if estimate is None:
-        none, eps = torch.zeros_like(squares), torch.finfo(dtype).eps
-        tail = T.square().sum((1, 2)) - squares.sum(1)
-        estimate = Estimate(squares, none, none[:, 0], tail.clamp_min(0), eps)
+        none = torch.zeros_like(squares)
+        estimate = Estimate(squares, none, none[:, 0], tail, torch.finfo(dtype).eps)
     else:
-        more = squares - estimate.squares  # of large values, float32 cannot tell small differences
-        more = torch.where(more.abs() > 32 * estimate.eps * squares, more, 0.0)
-        tail = estimate.tail - more.sum(1)
-        estimate = replace(estimate, squares=squares, tail=tail.clamp_min(0))
+        estimate = replace(estimate, squares=squares, tail=tail)
     return Triples(U, S.to(dtype), Vh, estimate, applies)

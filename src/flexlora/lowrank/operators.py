@@ -29,8 +29,9 @@ class Operator(Protocol):
     """What the iterative factorisations need of a batch of matrices.
 
     Attributes:
-        power_steps: of `D^T D` on a random start, before the subspaces grow. On a noisy spectrum
-            they cost no products, on a steep one a few: more of them where products are cheap.
+        power_steps: of `D^T D` on a random start, before the subspaces grow: they make those
+            narrower. On a noisy spectrum they cost no products, on a steep one a few: more of them
+            where products are cheap.
     """
 
     power_steps: ClassVar[int]
