@@ -33,7 +33,8 @@ class Basis:
         """More rows, written beside these."""
         room, width = self.room, self.width + Q.shape[1]
         if width > room.shape[1]:
-            room = torch.cat([room, torch.empty_like(room)], 1)
+            room = room.new_empty(room.shape[0], 2 * width, room.shape[2])
+            room[:, : self.width] = self.rows
         room[:, self.width : width] = Q
         return Basis(room, width)
 

@@ -144,10 +144,9 @@ def block_krylov(
         return fresh.to(like).expand(modules, rows, columns)
 
     block = min(block_size(rank), d_out, d_in)
-    room = expected_width(rank, D.power_steps, max(d_out, d_in)) + 2 * block
     X = powered(D, gaussian(block, d_in))
     Y = D.apply(torch.cat([X, gaussian(PROBES, d_in)], 1))
-    space, seen = start(X, d_out, room).applied(Y[:, :-PROBES]), Y[:, -PROBES:]
+    space, seen = start(X, d_out, 3 * (rank + block)).applied(Y[:, :-PROBES]), Y[:, -PROBES:]
     applies, estimate = 2 * D.power_steps * block + Y.shape[1], None
     while True:
         before, Y = space, space.new_t
