@@ -43,7 +43,7 @@ class Estimate:
         and `||D^T u - s v|| = e` has `s^2 + e^2` after half a step more at least; what is missing
         from then on is a series, geometric in the end. The factor was fitted to the truth on five
         spectra, three shapes, ranks 6 to 150, and noisy cohorts: nine times in ten less was
-        missing. There it was `e^2 / 2` where a gap follows (`q` near 0), up to `8 e^2` where none
+        missing. There it was `e^2 / 2` where a gap follows (`q` near 0), up to `9 e^2` where none
         does (`q = 0.6`).
         """
         factor = 4 * (0.5 + self.rate) / (1 - self.rate)
