@@ -39,10 +39,7 @@ def compare(updates: Updates) -> Iterator[dict[str, object]]:
     """Every module, way and rank: what was wrong and what was told."""
     for module, terms in iterate(updates):
         weights = updates.weights
-        D = sum(
-            w * t.scaling * (t.B.double() @ t.A.double())
-            for w, t in zip(weights, terms, strict=True)
-        )
+        D = sum(w * t.to(torch.float64).dense() for w, t in zip(weights, terms, strict=True))
         S = torch.linalg.svdvals(D)
         for rank in (8, 64):
             for way, options in WAYS.items():

@@ -156,12 +156,12 @@ def block_krylov(
             return triples(space, rank, applies)
         fresh = None
         if before.right.width >= rank:
-            left = seen - (seen @ space.U.mT) @ space.U
-            outside = left.double().square().sum((1, 2)) / PROBES
+            missed = seen - (seen @ space.U.mT) @ space.U
+            outside = missed.double().square().sum((1, 2)) / PROBES
             estimate, span = judge(before, space, outside, rank, estimate)
             if estimate.within(tolerance, direction_tolerance):
                 applies += PROBES
-                W, _ = extend(space.U, left)
+                W, _ = extend(space.U, missed)
                 if not bool(strongest(D.apply_t(W)).le(estimate.weakest).all()):
                     fresh = gaussian(block, d_out)
                 else:

@@ -178,7 +178,7 @@ class Sum:
             modules=modules,
             f=self.f[:, having],
             shrink=[[s[k] for k in having] for s in self.shrink],
-            groups=_groups(modules[0], MERGE_RANK, alone=MERGE_RANK // 2),
+            groups=_groups(modules[0]),
             kept={},
         )
 
@@ -283,8 +283,7 @@ def weighted_sum(
     f = w * shrink.prod(2) / torch.where(scale > 0, scale, 1.0)[:, None]
     f = f.to(device=device, dtype=dtype)
     divisors = [[(b, a) for b, a in terms] for terms in shrink.tolist()]
-    groups = _groups(first, MERGE_RANK, alone=MERGE_RANK // 2)
-    return Sum(modules, f, divisors, scale, dtype, device, groups, {})
+    return Sum(modules, f, divisors, scale, dtype, device, _groups(first), {})
 
 
 def _widest(terms: Sequence[LowRank]) -> torch.dtype:
@@ -301,7 +300,9 @@ def _peaks(terms: Sequence[LowRank]) -> Float[Tensor, "terms 2"]:
     return ends.cpu().double().abs().view(len(terms), 2, 2).amax(2)
 
 
-def _groups(terms: Sequence[LowRank], rows: int, alone: int) -> tuple[tuple[int, ...], ...]:
+def _groups(
+    terms: Sequence[LowRank], rows: int = MERGE_RANK, alone: int = MERGE_RANK // 2
+) -> tuple[tuple[int, ...], ...]:
     """Neighbouring terms together until they hold `rows` rows; of `alone` rows, on their own."""
     groups: list[tuple[int, ...]] = []
     waiting: list[int] = []
